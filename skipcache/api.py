@@ -1,0 +1,316 @@
+"""Pipeline in, the same pipeline out: apply, remove, context manager, stats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from skipcache.backbone import Backbone
+from skipcache.config import SkipCacheConfig
+from skipcache.errors import (
+    AdapterError,
+    ConfigError,
+    NotAppliedError,
+    TargetError,
+    UnknownOptionError,
+    did_you_mean,
+)
+from skipcache.plugins import AdapterRegistry, default_registry
+from skipcache.schedules import Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from skipcache.estimators import Estimator
+    from skipcache.runtime.controller import Controller
+    from skipcache.runtime.stats import CacheStats
+    from torch import nn
+
+Target = TypeVar("Target")
+
+_OPTIONS = tuple(field.name for field in dataclasses.fields(SkipCacheConfig))
+
+
+def apply_skip_cache(
+    target: Target,
+    *,
+    interval: int | None = None,
+    window: tuple[float, float] | None = None,
+    front_layers: int | None = None,
+    back_layers: int | None = None,
+    schedule: Schedule | None = None,
+    estimator: str | Estimator | None = None,
+    adapter: str | Backbone | object | None = None,
+    config: SkipCacheConfig | None = None,
+    **unknown: object,
+) -> Target:
+    """Makes a pipeline, or a bare transformer, reuse deep features between neighbouring denoising steps.
+
+    All or nothing: if anything is wrong, the target is left exactly as it was. Applying again replaces the
+    configuration. ``target`` may be compiled or offloaded, before or after.
+
+    Args:
+        target: a diffusers pipeline (both transformers of one that has two), or a transformer.
+        interval: refresh every so many steps; default 2.
+        window: (start, stop) in normalised time, 1 = noise: outside it every step refreshes; default (0.98, 0.02).
+        front_layers: layers at the front that always run; default 1.
+        back_layers: layers at the back that always run, at least 1; default 1.
+        schedule: when to refresh, instead of ``interval`` and ``window``.
+        estimator: what a reuse step takes for the deep feature; see ``SkipCacheConfig``.
+        adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that claims the model.
+        config: a ``SkipCacheConfig``; options given beside it take precedence over its fields.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        ConfigError: a value that cannot be, or a deep span without layers.
+        UnknownOptionError: an option that does not exist.
+        TargetError: the target has no transformer.
+        AdapterError: no adapter claims the model (``NoAdapterError``), or the adapter is wrong about it.
+    """
+    _refuse_unknown(unknown)
+    config = _merge(
+        config,
+        interval=interval,
+        window=window,
+        front_layers=front_layers,
+        back_layers=back_layers,
+        schedule=schedule,
+        estimator=estimator,
+    )
+    transformers = _transformers_of(target)
+    controllers = [
+        (transformer, _build(transformer, config, adapter)) for transformer in transformers.values()
+    ]
+    for transformer, controller in controllers:
+        _install(target, transformer, controller)
+    return target
+
+
+def remove_skip_cache(target: object) -> bool:
+    """Takes the cache off again: the same objects with the same attributes, and bit-identical output.
+
+    Args:
+        target: what ``apply_skip_cache`` was given, or its transformer. One that was never applied is left alone.
+
+    Returns:
+        Whether there was a cache to remove.
+    """
+    from skipcache.runtime.controller import controller_of
+
+    removed = False
+    for transformer in _transformers_of(target).values():
+        controller = controller_of(transformer)
+        if controller is not None:
+            controller.uninstall(transformer)
+            removed = True
+    return removed
+
+
+@contextmanager
+def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
+    """``apply_skip_cache`` for the length of a ``with`` block; what was applied before is put back after it.
+
+    Args:
+        target: as for ``apply_skip_cache``.
+        **options: those of ``apply_skip_cache``.
+
+    Yields:
+        ``target``.
+
+    Raises:
+        SkipCacheError: as ``apply_skip_cache``.
+    """
+    from skipcache.runtime.controller import controller_of
+
+    before = {id(t): controller_of(t) for t in _transformers_of(target).values()}
+    apply_skip_cache(target, **options)
+    try:
+        yield target
+    finally:
+        remove_skip_cache(target)
+        for transformer in _transformers_of(target).values():
+            earlier = before.get(id(transformer))
+            if earlier is not None:
+                _install(target, transformer, earlier)
+
+
+def is_skip_cached(target: object) -> bool:
+    """Whether a cache is applied to the target (to every transformer of a pipeline that has two)."""
+    from skipcache.runtime.controller import controller_of
+
+    return all(controller_of(t) is not None for t in _transformers_of(target).values())
+
+
+def cache_stats(target: object) -> CacheStats:
+    """What the last run did.
+
+    Args:
+        target: a pipeline or transformer with a cache applied.
+
+    Returns:
+        ``.refreshed`` and ``.reused`` steps, ``.layers_run`` of ``.layers_total``, ``.compute_fraction``,
+        ``.cache_bytes`` (the peak), ``.plan`` like ``"FrrFrr"``; per stream in ``.streams``. Empty before a run.
+
+    Raises:
+        NotAppliedError: no cache is applied.
+    """
+    from skipcache.runtime.stats import merge_stats
+
+    return merge_stats({name: c.stats() for name, _, c in _applied(target)})
+
+
+@contextmanager
+def skip_cache_run(
+    target: Target,
+    streams: int = 1,
+    timesteps: Sequence[float] | torch.Tensor | None = None,
+) -> Iterator[Target]:
+    """One run of a sampler that is no pipeline: each call of the transformer inside is a step.
+
+    Args:
+        target: a transformer with a cache applied (or a pipeline whose transformer you call yourself).
+        streams: calls a step, for samplers that call once for each guidance pass.
+        timesteps: those of the run, as the transformer will be given them, one a step. With them the run is planned
+            ahead and no call waits for the device; without, a schedule with a window reads each call's own.
+
+    Raises:
+        NotAppliedError: no cache is applied.
+        ConfigError: ``streams`` below 1, or timesteps that are not finite.
+    """
+    from skipcache.runtime.clock import ExplicitRun
+
+    if not isinstance(streams, int) or isinstance(streams, bool) or streams < 1:
+        raise ConfigError(f"streams is {streams!r}. It is the number of calls a step, at least 1.")
+    controllers = [controller for _, _, controller in _applied(target)]
+    runs = [ExplicitRun(streams, _times(controller, timesteps)) for controller in controllers]
+    for controller, run in zip(controllers, runs, strict=True):
+        controller.clock.explicit.append(run)
+    try:
+        yield target
+    finally:
+        for controller, run in zip(controllers, runs, strict=True):
+            run.drop()
+            if run in controller.clock.explicit:
+                controller.clock.explicit.remove(run)
+
+
+def _times(
+    controller: Controller, timesteps: Sequence[float] | torch.Tensor | None
+) -> list[float] | None:
+    import math
+
+    if timesteps is None:
+        return None
+    from skipcache.backbone import Timestep
+
+    scale = controller.bound.backbone.timestep or Timestep()
+    times = [scale.normalise(float(value)) for value in timesteps]
+    if not times or not all(math.isfinite(time) for time in times):
+        raise ConfigError(f"timesteps {timesteps!r}: at least one, and all finite, are needed.")
+    return times
+
+
+def _refuse_unknown(unknown: dict[str, object]) -> None:
+    for name in unknown:
+        raise UnknownOptionError(
+            f"apply_skip_cache has no option {name!r}. {did_you_mean(name, [*_OPTIONS, 'adapter', 'config'])}"
+        )
+
+
+def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is None:
+        return SkipCacheConfig(**given)
+    if not isinstance(config, SkipCacheConfig):
+        raise ConfigError(f"config is {config!r}. Pass a skipcache.SkipCacheConfig.")
+    return dataclasses.replace(config, **given)
+
+
+def _transformers_of(target: object) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by component name, or the bare one; unwrapped from ``torch.compile``."""
+    from torch import nn
+
+    if isinstance(target, nn.Module):
+        return {"transformer": _unwrap(target)}
+    components = getattr(target, "components", None)
+    names = list(components) if isinstance(components, dict) else list(getattr(target, "__dict__", ()))
+    found = {
+        name: _unwrap(module)
+        for name in names
+        if name.startswith("transformer") and isinstance(module := getattr(target, name, None), nn.Module)
+    }
+    if not found:
+        has = f" It has: {', '.join(names)}." if names else ""
+        raise TargetError(
+            f"{type(target).__qualname__!r} is no torch module and has no component named 'transformer'.{has} "
+            "Pass a diffusers pipeline with a transformer, or the transformer itself."
+        )
+    return found
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while "_orig_mod" in module._modules:
+        inner = module._modules["_orig_mod"]
+        assert inner is not None
+        module = inner
+    return module
+
+
+def _build(
+    transformer: nn.Module, config: SkipCacheConfig, adapter: str | Backbone | object | None
+) -> Controller:
+    from skipcache.runtime.controller import Controller
+    from skipcache.runtime.layout import bind
+
+    bound = bind(_backbone_of(transformer, adapter), transformer)
+    front_layers, back_layers = config.resolve_layers(bound.depth)
+    estimator = config.resolve_estimator(has_branches=bool(bound.backbone.native_skips))
+    return Controller(
+        transformer, bound, front_layers, back_layers, config.resolve_schedule(), estimator
+    )
+
+
+def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None) -> Backbone:
+    if isinstance(adapter, Backbone):
+        return adapter
+    if adapter is None or isinstance(adapter, str):
+        return default_registry().backbone_of(transformer, adapter)
+    if not hasattr(adapter, "skipcache_backbone"):
+        raise AdapterError(
+            f"adapter is {adapter!r}. Pass the name of an adapter, a Backbone, or a plugin with the hook "
+            "skipcache_backbone(transformer)."
+        )
+    own = AdapterRegistry()
+    return own.backbone_of(transformer, own.register(adapter))
+
+
+def _install(target: object, transformer: nn.Module, controller: Controller) -> None:
+    from skipcache.runtime.controller import controller_of
+    from torch import nn
+
+    earlier = controller_of(transformer)
+    if earlier is not None:
+        for link in earlier.clock.links:
+            if link.pipeline is not None:
+                controller.clock.attach(link.pipeline)
+        earlier.uninstall(transformer)
+    controller.install(transformer)
+    if not isinstance(target, nn.Module):
+        controller.clock.attach(target)
+
+
+def _applied(target: object) -> list[tuple[str, nn.Module, Controller]]:
+    from skipcache.runtime.controller import controller_of
+
+    found = []
+    for name, transformer in _transformers_of(target).items():
+        controller = controller_of(transformer)
+        if controller is None:
+            raise NotAppliedError(
+                f"no cache is applied to {type(transformer).__qualname__!r}. Call apply_skip_cache on it first."
+            )
+        found.append((name, transformer, controller))
+    return found

@@ -1,0 +1,19 @@
+"""The hooks that an adapter plugin may implement. Signatures only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from skipcache.backbone import Backbone
+    from torch import nn
+
+hookspec = pluggy.HookspecMarker("skipcache")
+hookimpl = pluggy.HookimplMarker("skipcache")
+
+
+@hookspec(firstresult=True)
+def skipcache_backbone(transformer: nn.Module) -> Backbone | None:  # type: ignore[empty-body]
+    """Describe this transformer, or return None if it is not one of yours."""

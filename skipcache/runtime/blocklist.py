@@ -1,0 +1,154 @@
+"""Stand-ins: what a transformer's own block loop meets while a cached forward is under way.
+
+The loop ``for block in self.blocks`` keeps its full length. Blocks at the front and the back are the real ones;
+those of the deep span, and the resume layer, are stand-ins that look at one bool, ``slot.is_reuse``, which was
+decided outside the forward. Everything here is traceable by ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from skipcache.estimators import Estimator, Tensors
+
+FlowLayout: TypeAlias = "tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]"
+
+
+def layout_of(flow: Tensors) -> FlowLayout:
+    """Shape, dtype and device of every flowing tensor: what must agree for a cached feature to be used."""
+    return tuple(
+        None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in flow
+    )
+
+
+def copy_of(flow: Tensors) -> Tensors:
+    """Copies: safe from blocks that work in place, and no view that keeps a larger tensor alive."""
+    return tuple(None if tensor is None else tensor.clone() for tensor in flow)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the flowing tensors sit in a block's call and in what it returns.
+
+    Attributes:
+        takes: (parameter name, position) of each.
+        returns: index into ``takes`` of each returned value, None where the block returns None.
+        is_bare: whether the block returns a bare tensor, not a tuple.
+    """
+
+    takes: tuple[tuple[str, int], ...]
+    returns: tuple[int | None, ...]
+    is_bare: bool
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensors:
+        return tuple(
+            kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+            for name, position in self.takes
+        )
+
+    def write(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], flow: Tensors
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        positional, named = list(args), dict(kwargs)
+        for (name, position), tensor in zip(self.takes, flow, strict=True):
+            if name not in named and position < len(positional):
+                positional[position] = tensor
+            else:
+                named[name] = tensor
+        return tuple(positional), named
+
+    def hand_through(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The input, in the shape that the block would have returned."""
+        flow = self.read(args, kwargs)
+        if self.is_bare:
+            index = self.returns[0]
+            return None if index is None else flow[index]
+        return tuple(None if index is None else flow[index] for index in self.returns)
+
+
+@dataclass
+class Slot:
+    """The one mutable thing that stand-ins see: what the forward under way is to do, and what it captured."""
+
+    estimator: Estimator
+    is_reuse: bool = False
+    keeps: bool = False  # capture the features of this forward, should it turn out a refresh
+    needs_shallow: bool = False
+    expected: FlowLayout = ()
+    prepared: tuple[Tensors, ...] = ()
+    probe: Callable[[Tensors], None] | None = None
+    shallow: Tensors | None = None
+    deep: Tensors | None = None
+    entered: FlowLayout = field(default=())
+
+    def clear(self) -> None:
+        """Lets go of every tensor."""
+        self.prepared, self.probe, self.shallow, self.deep = (), None, None, None
+
+
+class SpanBlock:
+    """Stands for a block of the deep span: runs it on a refresh, hands its input through on a reuse."""
+
+    def __init__(self, block: nn.Module, ports: Ports, slot: Slot) -> None:
+        self.block, self.ports, self.slot = block, ports, slot
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.slot.is_reuse:
+            return self.ports.hand_through(args, kwargs)
+        return self.block(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of their blocks in the loop (SD3: context_pre_only).
+        if name.startswith("__") or "block" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.block, name)
+
+
+class EntryBlock(SpanBlock):
+    """The first block of the deep span: here the shallow feature is known, and the last guard stands."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self.slot
+        flow = self.ports.read(args, kwargs)
+        if slot.probe is not None:
+            slot.probe(flow)
+        slot.entered = layout_of(flow)
+        if slot.is_reuse and slot.entered != slot.expected:
+            slot.is_reuse = False
+        if slot.needs_shallow and (slot.is_reuse or slot.keeps):
+            slot.shallow = copy_of(flow)
+        if slot.is_reuse:
+            return self.ports.hand_through(args, kwargs)
+        return self.block(*args, **kwargs)
+
+
+class ResumeBlock(SpanBlock):
+    """The first block of the back: a refresh captures the deep feature here, a reuse puts the estimate in."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self.slot
+        if slot.is_reuse:
+            deep = slot.estimator.estimate(slot.prepared, slot.shallow)
+            args, kwargs = self.ports.write(args, kwargs, deep)
+        elif slot.keeps:
+            slot.deep = copy_of(self.ports.read(args, kwargs))
+        return self.block(*args, **kwargs)
+
+
+class SteppedBlockList(nn.ModuleList):
+    """The class that a cached transformer's block lists take on: an ``nn.ModuleList`` that can iterate stand-ins.
+
+    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a cached forward so is
+    iteration.
+    """
+
+    _stand_ins: tuple[Any, ...] | None = None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        stand_ins = self._stand_ins
+        return super().__iter__() if stand_ins is None else iter(stand_ins)

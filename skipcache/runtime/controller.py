@@ -1,0 +1,263 @@
+"""Conducts one transformer: decides before each forward, hands the lists their stand-ins, and files what came of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipcache.errors import ConfigError, NotCachingWarning
+from skipcache.estimators import Estimator, Refresh, Tensors
+from skipcache.runtime.blocklist import Slot, SteppedBlockList, copy_of
+from skipcache.runtime.clock import Clock
+from skipcache.runtime.layout import BoundBackbone
+from skipcache.runtime.stats import CacheStats, stats_of
+from skipcache.runtime.store import Run, Stream, relative_change
+from skipcache.runtime.taps import ContextTap, MethodTap
+from skipcache.schedules import Progress, Schedule
+
+
+class PreForwardHook:
+    """Forward pre-hook of the transformer; a module-level class, so that copies and pickles carry it."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.controller.before(args, kwargs)
+
+
+class PostForwardHook:
+    """Forward hook of the transformer, also called when the forward raised."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.controller.after(output)
+
+
+class Controller:
+    """Everything that a cache adds to one transformer."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        bound: BoundBackbone,
+        front_layers: int,
+        back_layers: int,
+        schedule: Schedule,
+        estimator: Estimator,
+    ) -> None:
+        """Builds without touching the transformer.
+
+        Raises:
+            ConfigError: the deep span or the schedule cannot be.
+        """
+        bound.check_layers(front_layers, back_layers, estimator.needs_shallow)
+        _check_schedule(schedule)
+        self.bound, self.schedule, self.estimator = bound, schedule, estimator
+        self.front_layers, self.back_layers = front_layers, back_layers
+        self.slot = Slot(estimator, needs_shallow=estimator.needs_shallow)
+        resume_layer = bound.depth - back_layers
+        self.stand_ins = tuple(
+            entry.stand_ins(front_layers, resume_layer, self.slot) for entry in bound.lists
+        )
+        parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self.clock = Clock(bound.backbone.timestep, parameters, schedule.needs_times)
+        self.last_run: Run | None = None
+        self._current: tuple[Run, Stream] | None = None
+        self._depth_of_calls = 0
+        self._has_warned: set[str] = set()
+        self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_run": None, "_current": None, "_depth_of_calls": 0}
+
+    # Installing: nothing below may fail half-way, so everything that can fail was done in __init__.
+
+    def install(self, transformer: nn.Module) -> None:
+        """Puts the hooks and taps in."""
+        for entry in self.bound.lists:
+            entry.module.__class__ = SteppedBlockList
+        self._handles = [
+            transformer.register_forward_pre_hook(PreForwardHook(self), with_kwargs=True),
+            transformer.register_forward_hook(PostForwardHook(self), always_call=True),
+        ]
+        if hasattr(type(transformer), "cache_context"):
+            self.clock.context = ContextTap(transformer)
+            transformer.__dict__["cache_context"] = self.clock.context
+        for method in self.bound.backbone.entry_points:
+            if hasattr(type(transformer), method):
+                transformer.__dict__[method] = MethodTap(transformer, method, self)
+
+    def uninstall(self, transformer: nn.Module) -> None:
+        """Takes them out: the same objects as before, with the same attributes."""
+        self.clock.release()
+        for handle in self._handles:
+            handle.remove()
+        for name in ("cache_context", *self.bound.backbone.entry_points):
+            if isinstance(transformer.__dict__.get(name), (ContextTap, MethodTap)):
+                del transformer.__dict__[name]
+        for entry in self.bound.lists:
+            entry.module.__dict__.pop("_stand_ins", None)
+            entry.module.__class__ = nn.ModuleList
+
+    # The two ends of a forward.
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decides what the forward under way does."""
+        self._depth_of_calls += 1
+        if self._depth_of_calls > 1:
+            return  # forward_with_cfg calling the module
+        self._current = None
+        if torch.is_grad_enabled():
+            self._warn_once(
+                "gradients are on, so nothing is cached and every layer runs. Sample under torch.no_grad(), or call "
+                "remove_skip_cache before training."
+            )
+            return
+        located = self.clock.locate(args, kwargs)
+        if located is None:
+            self._warn_once(
+                "it cannot be told which step this forward belongs to, so nothing is cached. Use "
+                "skipcache.skip_cache_run around your sampling loop."
+            )
+            return
+        run, key = located
+        self.last_run = run
+        stream = run.stream(key, self.estimator.history)
+        if stream is None:
+            return
+        self._current = run, stream
+        self._decide(run, stream)
+        for entry, stand_ins in zip(self.bound.lists, self.stand_ins, strict=True):
+            entry.module._stand_ins = stand_ins  # type: ignore[assignment]
+
+    def after(self, output: Any) -> None:
+        """Files what the forward did; ``output`` is None when it raised."""
+        self._depth_of_calls -= 1
+        if self._depth_of_calls > 0 or self._current is None:
+            return
+        for entry in self.bound.lists:
+            entry.module._stand_ins = None  # type: ignore[assignment]
+        run, stream = self._current
+        self._current = None
+        if output is None:
+            self.clock.forget(run)
+        else:
+            self._file(run, stream)
+        self.slot.clear()
+
+    def stats(self) -> CacheStats:
+        """Of the last run."""
+        return stats_of(self.last_run, self.bound.depth, self.front_layers + self.back_layers)
+
+    def _decide(self, run: Run, stream: Stream) -> None:
+        slot = self.slot
+        if run.plan is None and run.is_planned:
+            run.plan = self.schedule.plan(run.times)
+        step = run.step
+        is_cached = bool(stream.refreshes)
+        is_probing = self.schedule.needs_probe
+        slot.probe = None
+        if not is_cached:
+            slot.is_reuse = False
+        elif run.plan is not None:
+            slot.is_reuse = step < len(run.plan) and not run.plan[step]
+        elif run.is_planned and step >= len(run.times):
+            slot.is_reuse = False
+        elif is_probing:
+            slot.is_reuse = False  # until the front has run
+        else:
+            slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream))
+        slot.keeps = run.plan is None or not all(run.plan)
+        slot.expected = stream.entered
+        if is_probing:
+            slot.probe = self._probe
+        elif slot.is_reuse:
+            slot.prepared = self.estimator.prepare(tuple(stream.refreshes), step, run.time)
+
+    def _progress(self, run: Run, stream: Stream) -> Progress:
+        since = run.step - stream.last_refresh_step if stream.refreshes else None
+        return Progress(run.times[: run.step + 1], since, stream.change)
+
+    @torch.compiler.disable
+    def _probe(self, flow: Tensors) -> None:
+        """Called at the entry of the deep span: measures, and lets the schedule decide."""
+        assert self._current is not None
+        run, stream = self._current
+        if stream.previous is not None:
+            same = [
+                (a is None) == (b is None) and (a is None or b is None or a.shape == b.shape)
+                for a, b in zip(stream.previous, flow, strict=True)
+            ]
+            stream.change += relative_change(stream.previous, flow) if all(same) else float("inf")
+        stream.previous = copy_of(flow)
+        if not stream.refreshes or (run.is_planned and run.step >= len(run.times)):
+            return
+        self.slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream))
+        if self.slot.is_reuse:
+            self.slot.prepared = self.estimator.prepare(tuple(stream.refreshes), run.step, run.time)
+
+    def _file(self, run: Run, stream: Stream) -> None:
+        slot = self.slot
+        is_refresh = not slot.is_reuse
+        stream.record.append(is_refresh)
+        if is_refresh:
+            stream.last_refresh_step, stream.change = run.step, 0.0
+            if slot.deep is not None and self._is_needed(run):
+                refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
+                stream.keep(refresh, slot.entered)
+        run.measure()
+        if run.is_planned and run.step >= self._last_useful_step(run):
+            stream.drop()
+
+    def _is_needed(self, run: Run) -> bool:
+        """Whether a reuse step will look at this refresh."""
+        if run.plan is None:
+            return True
+        refreshes_later = 0
+        for refreshes in run.plan[run.step + 1 :]:
+            if not refreshes:
+                return True
+            refreshes_later += 1
+            if refreshes_later >= self.estimator.history:
+                return False
+        return False
+
+    def _last_useful_step(self, run: Run) -> int:
+        if run.plan is None:
+            return len(run.times) - 1
+        return max((i for i, refreshes in enumerate(run.plan) if not refreshes), default=0)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._has_warned:
+            self._has_warned.add(message)
+            warnings.warn(f"skipcache on {self.bound.backbone.name!r}: {message}", NotCachingWarning, stacklevel=3)
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """Tries the plan on a run of 50 steps, so that a schedule that answers nonsense fails now and not while sampling."""
+    times = [1.0 - i / 50 for i in range(50)]
+    plan: Sequence[object] | None = schedule.plan(times)
+    if schedule.needs_probe and plan is None:
+        return
+    if plan is None or len(plan) != len(times) or not all(isinstance(entry, bool) for entry in plan):
+        raise ConfigError(
+            f"{schedule!r} planned {plan!r} for a run of {len(times)} steps. A plan is one bool a step, True = refresh."
+        )
+
+
+def controller_of(transformer: nn.Module) -> Controller | None:
+    """The controller that is installed on the transformer, if any."""
+    for hook in transformer._forward_pre_hooks.values():
+        if isinstance(hook, PreForwardHook):
+            return hook.controller
+    return None

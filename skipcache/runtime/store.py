@@ -1,0 +1,106 @@
+"""The cache of one run: per stream, the refreshes kept, what guards them, and how many bytes they hold."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from skipcache.estimators import Refresh, Tensors
+from skipcache.runtime.blocklist import FlowLayout
+
+MAX_STREAMS = 8  # guidance passes a step; more calls than that get no cache of their own
+
+
+class Stream:
+    """What one guidance pass has cached, and what it did at each step (True = refresh)."""
+
+    def __init__(self, history: int) -> None:
+        self.refreshes: deque[Refresh] = deque(maxlen=history)
+        self.entered: FlowLayout = ()  # layout of the shallow feature at the last refresh
+        self.last_refresh_step = 0
+        self.change = 0.0  # summed relative change since the last refresh, where a schedule probes
+        self.previous: Tensors | None = None  # shallow feature of the last step, likewise
+        self.record: list[bool] = []
+
+    @property
+    def cache_bytes(self) -> int:
+        flows = [refresh.deep for refresh in self.refreshes]
+        flows += [refresh.shallow for refresh in self.refreshes if refresh.shallow is not None]
+        flows += [self.previous] if self.previous is not None else []
+        return sum(t.untyped_storage().nbytes() for flow in flows for t in flow if t is not None)
+
+    def keep(self, refresh: Refresh, entered: FlowLayout) -> None:
+        if self.entered != entered:
+            self.refreshes.clear()  # of another shape: no history to extrapolate from
+        self.refreshes.append(refresh)
+        self.entered = entered
+
+    def drop(self) -> None:
+        self.refreshes.clear()
+        self.previous = None
+        self.change = 0.0
+
+
+class Run:
+    """One sampling trajectory. Nothing in it is ever seen by another one.
+
+    Attributes:
+        times: normalised times of its steps, as far as known: all of them where a scheduler tells, else one more a step.
+        plan: which steps refresh, where the schedule could plan ahead.
+        step: index of the current step.
+    """
+
+    def __init__(self, times: Sequence[float] = (), *, is_planned: bool = False) -> None:
+        self.times: list[float] = list(times)
+        self.is_planned = is_planned  # all times are known
+        self.plan: tuple[bool, ...] | None = None
+        self.step = 0
+        self.calls: dict[Hashable, int] = {}  # calls in the current step, by pass name
+        self.streams: dict[Hashable, Stream] = {}
+        self.peak_bytes = 0
+
+    @property
+    def time(self) -> float:
+        return self.times[self.step] if self.step < len(self.times) else float("nan")
+
+    def advance(self, step: int) -> None:
+        """Moves on to that step, if it is another one."""
+        if step != self.step:
+            self.step = step
+            self.calls = {}
+
+    def next_stream(self, name: str | None) -> Hashable:
+        """The stream of the call under way: its name, or how many calls this step has seen before it."""
+        count = self.calls.get(name, 0)
+        self.calls[name] = count + 1
+        return count if name is None else name if count == 0 else (name, count)
+
+    def stream(self, key: Hashable, history: int) -> Stream | None:
+        """The stream's cache; None once there are more streams than any guidance scheme has."""
+        if key not in self.streams:
+            if len(self.streams) >= MAX_STREAMS:
+                return None
+            self.streams[key] = Stream(history)
+        return self.streams[key]
+
+    def measure(self) -> None:
+        """Takes note of the bytes held now."""
+        self.peak_bytes = max(self.peak_bytes, sum(s.cache_bytes for s in self.streams.values()))
+
+    def drop(self) -> None:
+        """Lets go of every cached tensor; the record of what was done stays."""
+        for stream in self.streams.values():
+            stream.drop()
+
+
+@torch.compiler.disable
+def relative_change(previous: Tensors, current: Tensors) -> float:
+    """mean|current - previous| / mean|previous| over all elements of all tensors; a host sync."""
+    difference, size = 0.0, 0.0
+    for before, now in zip(previous, current, strict=True):
+        if before is not None and now is not None:
+            difference += float((now - before).abs().sum(dtype=torch.float64))
+            size += float(before.abs().sum(dtype=torch.float64))
+    return difference / size if size > 0 else float("inf") if difference > 0 else 0.0
