@@ -22,10 +22,11 @@ from skipcache.schedules import Schedule
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
     from skipcache.estimators import Estimator
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.stats import CacheStats
-    from torch import nn
 
 Target = TypeVar("Target")
 
@@ -45,20 +46,23 @@ def apply_skip_cache(
     config: SkipCacheConfig | None = None,
     **unknown: object,
 ) -> Target:
-    """Makes a pipeline, or a bare transformer, reuse deep features between neighbouring denoising steps.
+    """Makes a pipeline, or a bare transformer, reuse deep features between neighbouring denoising
+    steps.
 
-    All or nothing: if anything is wrong, the target is left exactly as it was. Applying again replaces the
-    configuration. ``target`` may be compiled or offloaded, before or after.
+    All or nothing: if anything is wrong, the target is left exactly as it was. Applying again
+    replaces the configuration. ``target`` may be compiled or offloaded, before or after.
 
     Args:
         target: a diffusers pipeline (both transformers of one that has two), or a transformer.
         interval: refresh every so many steps; default 2.
-        window: (start, stop) in normalised time, 1 = noise: outside it every step refreshes; default (0.98, 0.02).
+        window: (start, stop) in normalised time, 1 = noise: outside it every step refreshes;
+            default (0.98, 0.02).
         front_layers: layers at the front that always run; default 1.
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when to refresh, instead of ``interval`` and ``window``.
         estimator: what a reuse step takes for the deep feature; see ``SkipCacheConfig``.
-        adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that claims the model.
+        adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
+            claims the model.
         config: a ``SkipCacheConfig``; options given beside it take precedence over its fields.
 
     Returns:
@@ -68,7 +72,8 @@ def apply_skip_cache(
         ConfigError: a value that cannot be, or a deep span without layers.
         UnknownOptionError: an option that does not exist.
         TargetError: the target has no transformer.
-        AdapterError: no adapter claims the model (``NoAdapterError``), or the adapter is wrong about it.
+        AdapterError: no adapter claims the model (``NoAdapterError``), or the adapter is wrong
+            about it.
     """
     _refuse_unknown(unknown)
     config = _merge(
@@ -90,10 +95,12 @@ def apply_skip_cache(
 
 
 def remove_skip_cache(target: object) -> bool:
-    """Takes the cache off again: the same objects with the same attributes, and bit-identical output.
+    """Takes the cache off again: the same objects with the same attributes, and bit-identical
+    output.
 
     Args:
-        target: what ``apply_skip_cache`` was given, or its transformer. One that was never applied is left alone.
+        target: what ``apply_skip_cache`` was given, or its transformer. One that was never applied
+            is left alone.
 
     Returns:
         Whether there was a cache to remove.
@@ -111,7 +118,8 @@ def remove_skip_cache(target: object) -> bool:
 
 @contextmanager
 def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
-    """``apply_skip_cache`` for the length of a ``with`` block; what was applied before is put back after it.
+    """``apply_skip_cache`` for the length of a ``with`` block; what was applied before is put back
+    after it.
 
     Args:
         target: as for ``apply_skip_cache``.
@@ -138,7 +146,7 @@ def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
 
 
 def is_skip_cached(target: object) -> bool:
-    """Whether a cache is applied to the target (to every transformer of a pipeline that has two)."""
+    """Whether a cache is applied to the target (to both, of a pipeline with two transformers)."""
     from skipcache.runtime.controller import controller_of
 
     return all(controller_of(t) is not None for t in _transformers_of(target).values())
@@ -151,8 +159,9 @@ def cache_stats(target: object) -> CacheStats:
         target: a pipeline or transformer with a cache applied.
 
     Returns:
-        ``.refreshed`` and ``.reused`` steps, ``.layers_run`` of ``.layers_total``, ``.compute_fraction``,
-        ``.cache_bytes`` (the peak), ``.plan`` like ``"FrrFrr"``; per stream in ``.streams``. Empty before a run.
+        ``.refreshed`` and ``.reused`` steps, ``.layers_run`` of ``.layers_total``,
+        ``.compute_fraction``, ``.cache_bytes`` (the peak), ``.plan`` like ``"FrrFrr"``; per stream
+        in ``.streams``. Empty before a run.
 
     Raises:
         NotAppliedError: no cache is applied.
@@ -171,10 +180,12 @@ def skip_cache_run(
     """One run of a sampler that is no pipeline: each call of the transformer inside is a step.
 
     Args:
-        target: a transformer with a cache applied (or a pipeline whose transformer you call yourself).
+        target: a transformer with a cache applied (or a pipeline whose transformer you call
+            yourself).
         streams: calls a step, for samplers that call once for each guidance pass.
-        timesteps: those of the run, as the transformer will be given them, one a step. With them the run is planned
-            ahead and no call waits for the device; without, a schedule with a window reads each call's own.
+        timesteps: those of the run, as the transformer will be given them, one a step. With them
+            the run is planned ahead and no call waits for the device; without, a schedule with a
+            window reads each call's own.
 
     Raises:
         NotAppliedError: no cache is applied.
@@ -216,7 +227,8 @@ def _times(
 def _refuse_unknown(unknown: dict[str, object]) -> None:
     for name in unknown:
         raise UnknownOptionError(
-            f"apply_skip_cache has no option {name!r}. {did_you_mean(name, [*_OPTIONS, 'adapter', 'config'])}"
+            f"apply_skip_cache has no option {name!r}. "
+            f"{did_you_mean(name, [*_OPTIONS, 'adapter', 'config'])}"
         )
 
 
@@ -230,22 +242,28 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
 
 
 def _transformers_of(target: object) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component name, or the bare one; unwrapped from ``torch.compile``."""
+    """The transformers of a pipeline by component name, or the bare one; unwrapped from
+    ``torch.compile``.
+    """
     from torch import nn
 
     if isinstance(target, nn.Module):
         return {"transformer": _unwrap(target)}
     components = getattr(target, "components", None)
-    names = list(components) if isinstance(components, dict) else list(getattr(target, "__dict__", ()))
+    names = (
+        list(components) if isinstance(components, dict) else list(getattr(target, "__dict__", ()))
+    )
     found = {
         name: _unwrap(module)
         for name in names
-        if name.startswith("transformer") and isinstance(module := getattr(target, name, None), nn.Module)
+        if name.startswith("transformer")
+        and isinstance(module := getattr(target, name, None), nn.Module)
     }
     if not found:
         has = f" It has: {', '.join(names)}." if names else ""
         raise TargetError(
-            f"{type(target).__qualname__!r} is no torch module and has no component named 'transformer'.{has} "
+            f"{type(target).__qualname__!r} is no torch module and has no component named "
+            f"'transformer'.{has} "
             "Pass a diffusers pipeline with a transformer, or the transformer itself."
         )
     return found
@@ -280,7 +298,8 @@ def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None
         return default_registry().backbone_of(transformer, adapter)
     if not hasattr(adapter, "skipcache_backbone"):
         raise AdapterError(
-            f"adapter is {adapter!r}. Pass the name of an adapter, a Backbone, or a plugin with the hook "
+            f"adapter is {adapter!r}. Pass the name of an adapter, a Backbone, or a plugin with "
+            "the hook "
             "skipcache_backbone(transformer)."
         )
     own = AdapterRegistry()
@@ -288,8 +307,9 @@ def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None
 
 
 def _install(target: object, transformer: nn.Module, controller: Controller) -> None:
-    from skipcache.runtime.controller import controller_of
     from torch import nn
+
+    from skipcache.runtime.controller import controller_of
 
     earlier = controller_of(transformer)
     if earlier is not None:
@@ -310,7 +330,8 @@ def _applied(target: object) -> list[tuple[str, nn.Module, Controller]]:
         controller = controller_of(transformer)
         if controller is None:
             raise NotAppliedError(
-                f"no cache is applied to {type(transformer).__qualname__!r}. Call apply_skip_cache on it first."
+                f"no cache is applied to {type(transformer).__qualname__!r}. Call apply_skip_cache "
+                "on it first."
             )
         found.append((name, transformer, controller))
     return found

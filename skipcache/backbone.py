@@ -1,4 +1,4 @@
-"""Where: what an adapter says of a model. Frozen descriptions, no code that runs in a forward pass."""
+"""Where: what an adapter says of a model. Frozen descriptions; no code runs in a forward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class BlockList:
 
     Attributes:
         path: dotted attribute path from the transformer, for example ``"transformer_blocks"``.
-        takes: names of the parameters of the block's ``forward`` through which tensors flow from layer to layer.
-            The model may pass them by position or by keyword, in any order.
-        returns: what a block returns: one name (a bare tensor) or a tuple of them in the returned order. Names are
-            those of ``takes``; ``None`` stands for a place where the block returns None.
+        takes: names of the parameters of the block's ``forward`` through which tensors flow from
+            layer to layer. The model may pass them by position or by keyword, in any order.
+        returns: what a block returns: one name (a bare tensor) or a tuple of them in the returned
+            order. Names are those of ``takes``; ``None`` stands for a place where the block returns
+            None.
 
     Raises:
         AdapterError: an empty path, no flowing tensor, or a returned name that is not taken.
@@ -30,16 +31,21 @@ class BlockList:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            raise AdapterError(f"BlockList path is {self.path!r}. It is an attribute path such as 'transformer_blocks'.")
+            raise AdapterError(
+                f"BlockList path is {self.path!r}. It is an attribute path such as "
+                "'transformer_blocks'."
+            )
         if isinstance(self.takes, str) or not self.takes or len(set(self.takes)) != len(self.takes):
             raise AdapterError(
-                f"BlockList {self.path!r}: takes={self.takes!r}. It is a tuple of distinct parameter names of the "
+                f"BlockList {self.path!r}: takes={self.takes!r}. It is a tuple of distinct "
+                "parameter names of the "
                 "block's forward, at least one: ('hidden_states',)."
             )
         names = {name for name in self.returned if name is not None}
         if not names or not names <= set(self.takes):
             raise AdapterError(
-                f"BlockList {self.path!r}: returns={self.returns!r} must name tensors that it takes: {self.takes!r}."
+                f"BlockList {self.path!r}: returns={self.returns!r} must name tensors that it "
+                f"takes: {self.takes!r}."
             )
 
     @property
@@ -50,7 +56,8 @@ class BlockList:
 
 @dataclass(frozen=True)
 class Zipped:
-    """Lists that advance together: layer i is block i of each, run in this order (Latte: spatial, temporal).
+    """Lists that advance together: layer i is block i of each, run in this order (Latte: spatial,
+    temporal).
 
     Features are captured and injected where the first list's block is entered.
 
@@ -83,9 +90,12 @@ class Timestep:
     clean: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise) and math.isfinite(self.clean) and self.noise != self.clean):
+        if not (
+            math.isfinite(self.noise) and math.isfinite(self.clean) and self.noise != self.clean
+        ):
             raise AdapterError(
-                f"Timestep(noise={self.noise!r}, clean={self.clean!r}): two different finite numbers are needed."
+                f"Timestep(noise={self.noise!r}, clean={self.clean!r}): two different finite "
+                "numbers are needed."
             )
 
     def normalise(self, value: float) -> float:
@@ -102,10 +112,13 @@ class Backbone:
 
     Attributes:
         name: plugin id of the adapter, for example ``"dit_xl"``.
-        lists: block lists in execution order; each a ``BlockList``, or a ``Zipped`` group forming one layer.
+        lists: block lists in execution order; each a ``BlockList``, or a ``Zipped`` group forming
+            one layer.
         timestep: how the forward is told the time; None when it is not.
-        entry_points: other methods that a sampler calls in place of the module (``forward_with_cfg``).
-        native_skips: pairs (source layer, target layer) of skip branches that the model was born with.
+        entry_points: other methods that a sampler calls in place of the module
+            (``forward_with_cfg``).
+        native_skips: pairs (source layer, target layer) of skip branches that the model was born
+            with.
         hidden_size: width C of the first flowing tensor, if known.
         branch_weights: hub id or folder of known skip-branch weights, if any.
 
@@ -123,19 +136,25 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise AdapterError(f"Backbone name is {self.name!r}. It is the adapter's id, such as 'dit_xl'.")
+            raise AdapterError(
+                f"Backbone name is {self.name!r}. It is the adapter's id, such as 'dit_xl'."
+            )
         if (
             not isinstance(self.lists, tuple)
             or not self.lists
             or not all(isinstance(item, (BlockList, Zipped)) for item in self.lists)
         ):
             raise AdapterError(
-                f"Backbone {self.name!r}: lists={self.lists!r}. It is a tuple of BlockList or Zipped, at least one."
+                f"Backbone {self.name!r}: lists={self.lists!r}. It is a tuple of BlockList or "
+                "Zipped, at least one."
             )
         if self.timestep is not None and not isinstance(self.timestep, Timestep):
-            raise AdapterError(f"Backbone {self.name!r}: timestep={self.timestep!r} is not a Timestep or None.")
+            raise AdapterError(
+                f"Backbone {self.name!r}: timestep={self.timestep!r} is not a Timestep or None."
+            )
         for source, target in self.native_skips:
             if not 0 <= source < target:
                 raise AdapterError(
-                    f"Backbone {self.name!r}: native skip ({source}, {target}) does not go from a layer to a later one."
+                    f"Backbone {self.name!r}: native skip ({source}, {target}) does not go from a "
+                    "layer to a later one."
                 )

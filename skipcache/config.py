@@ -1,4 +1,6 @@
-"""The configuration of a cache: three independent answers to where, when and what, validated at once."""
+"""The configuration of a cache: three independent answers to where, when and what, validated at
+once.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,20 @@ class SkipCacheConfig:
     """Where, when and what. Immutable; ``None`` means the default.
 
     Attributes:
-        interval: refresh every so many steps; default 2. Short for ``schedule=IntervalSchedule(...)``.
-        window: (start, stop) of the interval schedule in normalised time, 1 = noise; default (0.98, 0.02).
+        interval: refresh every so many steps; default 2. Short for
+            ``schedule=IntervalSchedule(...)``.
+        window: (start, stop) of the interval schedule in normalised time, 1 = noise; default (0.98,
+            0.02).
         front_layers: layers at the front that always run, at least 0; default 1.
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when, instead of ``interval`` and ``window``.
-        estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an ``Estimator``. Default:
-            ``"hold"`` where the model has skip branches, else ``"taylor"`` (docs/explanation/defaults.md).
+        estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an
+            ``Estimator``. Default: ``"hold"`` where the model has skip branches, else ``"taylor"``
+            (docs/explanation/defaults.md).
 
     Raises:
-        ConfigError: a value that cannot be, or ``schedule`` together with ``interval`` or ``window``.
+        ConfigError: a value that cannot be, or ``schedule`` together with ``interval`` or
+            ``window``.
     """
 
     interval: int | None = None
@@ -39,7 +45,8 @@ class SkipCacheConfig:
     def __post_init__(self) -> None:
         if self.schedule is not None and (self.interval is not None or self.window is not None):
             raise ConfigError(
-                "schedule and interval/window both say when to refresh. Pass one: interval and window, or a schedule."
+                "schedule and interval/window both say when to refresh. Pass one: interval and "
+                "window, or a schedule."
             )
         _check_layers("front_layers", self.front_layers, at_least=0)
         _check_layers("back_layers", self.back_layers, at_least=1)
@@ -51,14 +58,16 @@ class SkipCacheConfig:
         if self.schedule is not None:
             if not isinstance(self.schedule, Schedule) or isinstance(self.schedule, type):
                 raise ConfigError(
-                    f"schedule is {self.schedule!r}. Pass an IntervalSchedule, MaskSchedule or ProbeSchedule, or an "
+                    f"schedule is {self.schedule!r}. Pass an IntervalSchedule, MaskSchedule or "
+                    "ProbeSchedule, or an "
                     "object with needs_probe, needs_times, is_refresh and plan."
                 )
             return self.schedule
         window = DEFAULT_WINDOW if self.window is None else self.window
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ConfigError(
-                f"window is {window!r}. It is a pair (start, stop) of normalised times, for example (0.9, 0.05)."
+                f"window is {window!r}. It is a pair (start, stop) of normalised times, for "
+                "example (0.9, 0.05)."
             )
         interval = DEFAULT_INTERVAL if self.interval is None else self.interval
         return IntervalSchedule(interval, *window)
@@ -72,7 +81,8 @@ class SkipCacheConfig:
             return estimator_named(estimator)
         if not isinstance(estimator, Estimator) or isinstance(estimator, type):
             raise ConfigError(
-                f"estimator is {estimator!r}. Pass a name ('hold', 'residual', 'taylor', 'taylor(2)') or an object with "
+                f"estimator is {estimator!r}. Pass a name ('hold', 'residual', 'taylor', "
+                "'taylor(2)') or an object with "
                 "history, needs_shallow, prepare and estimate."
             )
         return estimator
@@ -87,7 +97,8 @@ class SkipCacheConfig:
         back = 1 if self.back_layers is None else self.back_layers
         if front + back >= depth:
             raise ConfigError(
-                f"front_layers={front} and back_layers={back} leave nothing to skip in a model of {depth} layers. "
+                f"front_layers={front} and back_layers={back} leave nothing to skip in a model of "
+                f"{depth} layers. "
                 f"Their sum must be below {depth}."
             )
         return front, back
@@ -97,4 +108,6 @@ def _check_layers(name: str, value: int | None, at_least: int) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"{name} is {value!r}. It is a whole number of layers, at least {at_least}.")
+        raise ConfigError(
+            f"{name} is {value!r}. It is a whole number of layers, at least {at_least}."
+        )

@@ -1,4 +1,4 @@
-"""Every error and warning that skipcache raises, and the nearest-name hint that many of them carry."""
+"""Every error and warning of skipcache, and the nearest-name hint that many of them carry."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NotCachingWarning(SkipCacheWarning):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Names the allowed values, and the nearest one first where one is near: for the end of an error."""
+    """Names the allowed values, the nearest one first: for the end of an error."""
     names = sorted(allowed)
     listed = ", ".join(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -1,8 +1,9 @@
 """What: the value that a reuse step takes for the deep feature.
 
-An estimator is one small class. It is asked in two parts, so that whole-model compilation sees tensors only:
-``prepare`` runs before the forward and may look at step numbers and history; ``estimate`` runs inside it, where
-the shallow feature of the step is known, and is plain tensor arithmetic.
+An estimator is one small class. It is asked in two parts, so that whole-model compilation sees
+tensors only: ``prepare`` runs before the forward and may look at step numbers and history;
+``estimate`` runs inside it, where the shallow feature of the step is known, and is plain tensor
+arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 Tensors: TypeAlias = "tuple[torch.Tensor | None, ...]"
-"""The tensors that flow between two layers, in the order of the adapter's ``takes``; None where a model passes None."""
+"""The tensors that flow between two layers, in the order of the adapter's ``takes``; None where a
+model passes None.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,9 @@ class Refresh:
 
 @runtime_checkable
 class Estimator(Protocol):
-    """Estimates the deep feature of a reuse step. Implementations are immutable and hold no state of a run."""
+    """Estimates the deep feature of a reuse step. Implementations are immutable and hold no state
+    of a run.
+    """
 
     @property
     def history(self) -> int:
@@ -56,7 +61,8 @@ class Estimator(Protocol):
         """Everything that does not need this step's shallow feature.
 
         Args:
-            refreshes: at least one and at most ``history`` refreshes of this run and stream, newest last.
+            refreshes: at least one and at most ``history`` refreshes of this run and stream, newest
+                last.
             step: index of this step.
             time: normalised time of this step, NaN where unknown.
         """
@@ -69,7 +75,9 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Hold:
-    """The deep feature of the last refresh, unchanged (Skip-Cache, arXiv:2411.17616). Keeps one feature a stream."""
+    """The deep feature of the last refresh, unchanged (Skip-Cache, arXiv:2411.17616). Keeps one
+    feature a stream.
+    """
 
     history = 1
     needs_shallow = False
@@ -84,7 +92,8 @@ class Hold:
 
 @dataclass(frozen=True)
 class Residual:
-    """The last deep feature moved by what the shallow one has moved since: deep_r + (shallow_t - shallow_r).
+    """The last deep feature moved by what the shallow one has moved since: deep_r + (shallow_t -
+    shallow_r).
 
     What FBCache and DBCache do at block level. Keeps two features a stream.
     """
@@ -109,9 +118,9 @@ class Residual:
 class Taylor:
     """The polynomial through the last ``order`` + 1 deep features, extrapolated in step distance.
 
-    The finite-difference form of TaylorSeer (arXiv:2503.06923), written for refreshes at any spacing: exact on
-    a feature that is a polynomial of the step index of at most that degree. While fewer refreshes are cached the
-    order is lower. Keeps ``order`` + 1 features a stream.
+    The finite-difference form of TaylorSeer (arXiv:2503.06923), written for refreshes at any
+    spacing: exact on a feature that is a polynomial of the step index of at most that degree. While
+    fewer refreshes are cached the order is lower. Keeps ``order`` + 1 features a stream.
 
     Attributes:
         order: at least 0; 0 is ``hold``.
@@ -126,7 +135,9 @@ class Taylor:
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 0:
-            raise ConfigError(f"taylor order is {self.order!r}. It is a whole number from 0; 1 is usual.")
+            raise ConfigError(
+                f"taylor order is {self.order!r}. It is a whole number from 0; 1 is usual."
+            )
 
     @property
     def history(self) -> int:
@@ -136,7 +147,8 @@ class Taylor:
         weights = extrapolation_weights([refresh.step for refresh in refreshes], step)
         return (
             tuple(
-                _weighted_sum(weights, column) for column in zip(*(r.deep for r in refreshes), strict=True)
+                _weighted_sum(weights, column)
+                for column in zip(*(r.deep for r in refreshes), strict=True)
             ),
         )
 
@@ -145,7 +157,8 @@ class Taylor:
 
 
 def extrapolation_weights(steps: Sequence[int], step: int) -> list[float]:
-    """Lagrange weights: the value at ``step`` of the polynomial through the points at ``steps``, one weight a point.
+    """Lagrange weights: the value at ``step`` of the polynomial through the points at ``steps``,
+    one weight a point.
 
     >>> extrapolation_weights([2, 4], 5)
     [-0.5, 1.5]
@@ -163,7 +176,7 @@ def extrapolation_weights(steps: Sequence[int], step: int) -> list[float]:
 def _weighted_sum(
     weights: Sequence[float], column: Sequence[torch.Tensor | None]
 ) -> torch.Tensor | None:
-    """Sums in at least fp32 (the weights exceed 1 and cancel) and returns the dtype of the terms."""
+    """Sums in at least fp32 (weights exceed 1 and cancel); returns the dtype of the terms."""
     import torch
 
     total: torch.Tensor | None = None
@@ -172,7 +185,8 @@ def _weighted_sum(
             return None
         wide = term.to(torch.promote_types(term.dtype, torch.float32))
         total = wide * weight if total is None else total.add_(wide, alpha=weight)
-    assert total is not None and column[0] is not None
+    assert total is not None
+    assert column[0] is not None
     return total.to(column[0].dtype)
 
 
@@ -184,7 +198,8 @@ _NAMED: dict[str, type[Hold] | type[Residual] | type[Taylor]] = {
 
 
 def estimator_named(name: str) -> Estimator:
-    """The estimator of that name: ``hold``, ``residual``, ``taylor`` (order 1) or ``taylor(ORDER)``.
+    """The estimator of that name: ``hold``, ``residual``, ``taylor`` (order 1) or
+    ``taylor(ORDER)``.
 
     Raises:
         ConfigError: no estimator has that name; the message suggests the nearest.
@@ -193,5 +208,7 @@ def estimator_named(name: str) -> Estimator:
     if with_order:
         return Taylor(int(with_order[1]))
     if name not in _NAMED:
-        raise ConfigError(f"unknown estimator {name!r}. {did_you_mean(name, [*_NAMED, 'taylor(2)'])}")
+        raise ConfigError(
+            f"unknown estimator {name!r}. {did_you_mean(name, [*_NAMED, 'taylor(2)'])}"
+        )
     return _NAMED[name]()

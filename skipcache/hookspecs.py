@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from skipcache.backbone import Backbone
     from torch import nn
+
+    from skipcache.backbone import Backbone
 
 hookspec = pluggy.HookspecMarker("skipcache")
 hookimpl = pluggy.HookimplMarker("skipcache")
 
 
 @hookspec(firstresult=True)
-def skipcache_backbone(transformer: nn.Module) -> Backbone | None:  # type: ignore[empty-body]
+def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
     """Describe this transformer, or return None if it is not one of yours."""

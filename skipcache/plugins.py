@@ -1,4 +1,6 @@
-"""Finds adapters: installed distributions (entry points), registered objects, and the one that claims a model."""
+"""Finds adapters: installed distributions (entry points), registered objects, and the one that
+claims a model.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ class Adapter:
 
 
 class AdapterRegistry:
-    """The adapters of one process. ``default_registry()`` is the one that the public functions use."""
+    """A set of adapters. ``default_registry()`` is the one that the public functions use."""
 
     def __init__(self, entry_points: Sequence[importlib.metadata.EntryPoint] = ()) -> None:
         """Loads the entry points one by one; what fails is warned about and left out."""
@@ -52,26 +54,33 @@ class AdapterRegistry:
 
     def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
         distribution = entry_point.dist
-        origin = f"{distribution.name} {distribution.version}" if distribution else "unknown distribution"
+        origin = (
+            f"{distribution.name} {distribution.version}"
+            if distribution
+            else "unknown distribution"
+        )
         try:
             self.register(entry_point.load(), entry_point.name, origin)
         except Exception as error:  # a broken plugin, whatever it raises, must not break the others
             failure = f"{type(error).__name__}: {error}"
             self._failed.append(Adapter(entry_point.name, origin, failure=failure))
             warnings.warn(
-                f"adapter {entry_point.name!r} of {origin} could not be loaded and is left out: {failure}",
+                f"adapter {entry_point.name!r} of {origin} could not be loaded and is left out: "
+                f"{failure}",
                 PluginWarning,
                 stacklevel=2,
             )
 
     def register(self, plugin: object, name: str | None = None, origin: str = "registered") -> str:
-        """Adds one plugin: a module or object with the ``skipcache_backbone`` hook. The last one is asked first.
+        """Adds one plugin: a module or object with the ``skipcache_backbone`` hook. The last one is
+        asked first.
 
         Returns:
             The name it is registered under.
 
         Raises:
-            AdapterError: the name is taken, a hook is misspelt or has a wrong signature, or there is no hook.
+            AdapterError: the name is taken, a hook is misspelt or has a wrong signature, or there
+                is no hook.
         """
         name = name or _name_of(plugin)
         if name in self._adapters:
@@ -89,7 +98,8 @@ class AdapterRegistry:
         if not self._manager.get_hookcallers(plugin):
             self._forget(name)
             raise AdapterError(
-                f"adapter {name!r} implements no hook. It needs a function skipcache_backbone(transformer) marked with "
+                f"adapter {name!r} implements no hook. It needs a function "
+                "skipcache_backbone(transformer) marked with "
                 "skipcache.hookimpl; see docs/how-to/write-an-adapter.md."
             )
         claims = tuple(str(claim) for claim in getattr(plugin, "claims", ()))
@@ -131,7 +141,8 @@ class AdapterRegistry:
         asked = f"adapter {adapter!r} does not claim" if adapter else "no adapter claims"
         raise NoAdapterError(
             f"{asked} {kind.__qualname__!r} ({kind.__module__}). Installed: {self._names()}. "
-            "Pass adapter=... (a name, a Backbone or a plugin), see docs/how-to/write-an-adapter.md."
+            "Pass adapter=... (a name, a Backbone or a plugin), see "
+            "docs/how-to/write-an-adapter.md."
         )
 
     def _ask(self, name: str, transformer: nn.Module) -> Backbone | None:
@@ -147,8 +158,10 @@ class AdapterRegistry:
             ) from error
         if answer is not None and not isinstance(answer, Backbone):
             raise AdapterError(
-                f"adapter {name!r} ({origin}) answered skipcache_backbone({type(transformer).__qualname__}) with "
-                f"{answer!r}. It must return a skipcache.Backbone, or None for a model that is not its own."
+                f"adapter {name!r} ({origin}) answered "
+                f"skipcache_backbone({type(transformer).__qualname__}) with "
+                f"{answer!r}. It must return a skipcache.Backbone, or None for a model that is not "
+                "its own."
             )
         return answer
 

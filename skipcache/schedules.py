@@ -1,8 +1,9 @@
 """When: which steps refresh. Pure functions of time; nothing here knows a model or imports torch.
 
-Times are normalised: the fraction of training noise levels, 1 = pure noise, 0 = clean. A schedule is
-*causal*: what it says of a step depends on that step and the ones before it only, so the same object plans a
-whole run ahead (``plan``) and decides step by step where the run's length is not known (``is_refresh``).
+Times are normalised: the fraction of training noise levels, 1 = pure noise, 0 = clean. A schedule
+is *causal*: what it says of a step depends on that step and the ones before it only, so the same
+object plans a whole run ahead (``plan``) and decides step by step where the run's length is not
+known (``is_refresh``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from skipcache.errors import ConfigError
@@ -20,11 +22,11 @@ class Progress:
     """What a schedule may know of the step it decides on.
 
     Attributes:
-        times: normalised times of the run's steps so far, this one last. An entry is NaN where the time is
-            unknown (a bare call without a timestep).
+        times: normalised times of the run's steps so far, this one last. An entry is NaN where the
+            time is unknown (a bare call without a timestep).
         since_refresh: steps since the last refresh; None when nothing is cached.
-        change: relative L1 change of the shallow feature, summed over the steps since the last refresh. Zero
-            unless the schedule has ``needs_probe``.
+        change: relative L1 change of the shallow feature, summed over the steps since the last
+            refresh. Zero unless the schedule has ``needs_probe``.
     """
 
     times: Sequence[float]
@@ -43,7 +45,7 @@ class Schedule(Protocol):
 
     @property
     def needs_probe(self) -> bool:
-        """Whether decisions need the measured change of the shallow feature (costs a host sync a step)."""
+        """Whether decisions need the shallow feature's change (a host sync a step)."""
         ...
 
     @property
@@ -52,11 +54,11 @@ class Schedule(Protocol):
         ...
 
     def is_refresh(self, progress: Progress) -> bool:
-        """Whether this step refreshes. Where nothing is cached the runtime refreshes without asking."""
+        """Whether this step refreshes. Where nothing is cached, the runtime does not ask."""
         ...
 
     def plan(self, times: Sequence[float]) -> tuple[bool, ...] | None:
-        """The whole run, True = refresh, from the normalised times of its steps; None when only the run tells."""
+        """The whole run from its normalised times, True = refresh; None if only the run tells."""
         ...
 
 
@@ -76,12 +78,14 @@ def _check_window(start: float, stop: float) -> None:
     for name, value in (("start", start), ("stop", stop)):
         if not _is_number(value) or not 0.0 <= value <= 1.0:
             raise ConfigError(
-                f"window {name} is {value!r}. It is a normalised time: a number from 0 (clean) to 1 (pure noise). "
+                f"window {name} is {value!r}. It is a normalised time: a number from 0 (clean) to "
+                "1 (pure noise). "
                 "A timestep of 1000 training steps divides by 1000: 700 is 0.7."
             )
     if start <= stop:
         raise ConfigError(
-            f"window (start={start!r}, stop={stop!r}) is empty or reversed. Sampling runs from 1 (noise) to 0, so "
+            f"window (start={start!r}, stop={stop!r}) is empty or reversed. Sampling runs from 1 "
+            "(noise) to 0, so "
             "start must be greater than stop, for example (0.9, 0.05)."
         )
 
@@ -96,7 +100,8 @@ class _Windowed(Protocol):
 
 
 def _is_outside_window(schedule: _Windowed, times: Sequence[float]) -> bool:
-    """Whether the last of ``times`` is at or above ``start``, or an earlier one was at or below ``stop``.
+    """Whether the last of ``times`` is at or above ``start``, or an earlier one was at or below
+    ``stop``.
 
     An unknown time (NaN) counts as outside where the window matters: never reuse on a guess.
     """
@@ -115,15 +120,18 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True)
 class IntervalSchedule:
-    """Refreshes every ``interval`` steps inside a window of time, and always outside it (the paper's schedule).
+    """Refreshes every ``interval`` steps inside a window of time, and always outside it (the
+    paper's schedule).
 
-    A step refreshes when its index is a multiple of ``interval``, when nothing is cached, or when t >= ``start``.
-    After the first step with t <= ``stop`` every step refreshes; that step itself still follows the interval.
-    These are the semantics of the reference implementation of arXiv:2411.17616.
+    A step refreshes when its index is a multiple of ``interval``, when nothing is cached, or when t
+    >= ``start``. After the first step with t <= ``stop`` every step refreshes; that step itself
+    still follows the interval. These are the semantics of the reference implementation of
+    arXiv:2411.17616.
 
     Attributes:
         interval: at least 1; 1 refreshes always.
-        start: normalised time; at and above it everything refreshes. 1.0 lets reuse begin at the second step.
+        start: normalised time; at and above it everything refreshes. 1.0 lets reuse begin at the
+            second step.
         stop: normalised time, below ``start``; after it has been reached everything refreshes.
 
     Raises:
@@ -139,7 +147,8 @@ class IntervalSchedule:
     def __post_init__(self) -> None:
         if not _is_count(self.interval) or self.interval < 1:
             raise ConfigError(
-                f"interval is {self.interval!r}. It is a whole number of steps, at least 1 (1 = refresh always)."
+                f"interval is {self.interval!r}. It is a whole number of steps, at least 1 (1 = "
+                "refresh always)."
             )
         _check_window(self.start, self.stop)
 
@@ -158,12 +167,14 @@ class IntervalSchedule:
 
 @dataclass(frozen=True)
 class MaskSchedule:
-    """Refreshes at the steps named, by index here, or by normalised time with ``MaskSchedule.at_times``.
+    """Refreshes at the steps named, by index here, or by normalised time with
+    ``MaskSchedule.at_times``.
 
-    By index, a run longer than the mask was written for is not served from the cache to its end: without
-    ``steps``, no stretch of reuse is longer than the longest one between two named steps; with ``steps``, every
-    step past that length refreshes. By time, a step refreshes when it is the first one at or below a named time,
-    so one mask serves any number of steps. The first step always refreshes.
+    By index, a run longer than the mask was written for is not served from the cache to its end:
+    without ``steps``, no stretch of reuse is longer than the longest one between two named steps;
+    with ``steps``, every step past that length refreshes. By time, a step refreshes when it is the
+    first one at or below a named time, so one mask serves any number of steps. The first step
+    always refreshes.
 
     Attributes:
         refresh_steps: step indices from 0, in any order.
@@ -171,7 +182,8 @@ class MaskSchedule:
         refresh_times: normalised times; use ``at_times``.
 
     Raises:
-        ConfigError: a negative, repeated, non-finite or non-integer entry, no entry at all, or an index past ``steps``.
+        ConfigError: a negative, repeated, non-finite or non-integer entry, no entry at all, or an
+            index past ``steps``.
     """
 
     refresh_steps: tuple[int, ...] = ()
@@ -184,16 +196,20 @@ class MaskSchedule:
         steps, times = tuple(self.refresh_steps), tuple(self.refresh_times)
         if bool(steps) == bool(times):
             raise ConfigError(
-                "a MaskSchedule needs at least one refresh step, or with MaskSchedule.at_times at least one time, "
+                "a MaskSchedule needs at least one refresh step, or with MaskSchedule.at_times at "
+                "least one time, "
                 f"and not both. Found refresh_steps={steps!r}, refresh_times={times!r}."
             )
         for step in steps:
             if not _is_count(step) or step < 0:
-                raise ConfigError(f"refresh step {step!r} is not a step index: a whole number from 0.")
+                raise ConfigError(
+                    f"refresh step {step!r} is not a step index: a whole number from 0."
+                )
         for time in times:
             if not _is_number(time) or not 0.0 <= time <= 1.0:
                 raise ConfigError(
-                    f"refresh time {time!r} is not a normalised time: a number from 0 (clean) to 1 (noise)."
+                    f"refresh time {time!r} is not a normalised time: a number from 0 (clean) to 1 "
+                    "(noise)."
                 )
         if len(set(steps)) != len(steps) or len(set(times)) != len(times):
             raise ConfigError(f"a step or time is named twice in {steps or times!r}.")
@@ -201,14 +217,17 @@ class MaskSchedule:
             not _is_count(self.steps) or (steps and max(steps) >= self.steps)
         ):
             raise ConfigError(
-                f"steps={self.steps!r} does not fit refresh_steps {steps!r}: indices run from 0 to steps - 1."
+                f"steps={self.steps!r} does not fit refresh_steps {steps!r}: indices run from 0 to "
+                "steps - 1."
             )
         object.__setattr__(self, "refresh_steps", tuple(sorted(steps)))
         object.__setattr__(self, "refresh_times", tuple(sorted(times, reverse=True)))
 
     @classmethod
     def at_times(cls, refresh_times: Iterable[float]) -> MaskSchedule:
-        """Refreshes at the first step at or below each normalised time, whatever the number of steps."""
+        """Refreshes at the first step at or below each normalised time, whatever the number of
+        steps.
+        """
         return cls(refresh_times=tuple(refresh_times))
 
     @property
@@ -219,7 +238,7 @@ class MaskSchedule:
         if self.steps is not None:
             return self.steps
         named = (0, *(step for step in self.refresh_steps if step > 0))
-        longest = max((late - early for early, late in zip(named, named[1:], strict=False)), default=1)
+        longest = max((late - early for early, late in pairwise(named)), default=1)
         return named[-1] + longest
 
     def is_refresh(self, progress: Progress) -> bool:
@@ -240,9 +259,10 @@ class MaskSchedule:
 class ProbeSchedule:
     """Refreshes when the shallow feature has drifted far enough since the last refresh (adaptive).
 
-    At every step the relative L1 change of the shallow feature, ``mean|f_t - f_prev| / mean|f_prev|``, is added
-    up; once the sum reaches ``threshold`` the step refreshes. Measuring it costs one host sync a step. The idea of
-    an accumulated change against a threshold is TeaCache's (arXiv:2411.19108).
+    At every step the relative L1 change of the shallow feature, ``mean|f_t - f_prev| /
+    mean|f_prev|``, is added up; once the sum reaches ``threshold`` the step refreshes. Measuring it
+    costs one host sync a step. The idea of an accumulated change against a threshold is TeaCache's
+    (arXiv:2411.19108).
 
     Attributes:
         threshold: at least 0; 0 refreshes always.
@@ -251,7 +271,8 @@ class ProbeSchedule:
         stop: normalised time; after the first step at or below it everything refreshes.
 
     Raises:
-        ConfigError: a threshold that is negative or not a number, ``max_consecutive`` below 1, a bad window.
+        ConfigError: a threshold that is negative or not a number, ``max_consecutive`` below 1, a
+            bad window.
     """
 
     threshold: float = 0.1
@@ -264,11 +285,13 @@ class ProbeSchedule:
     def __post_init__(self) -> None:
         if not _is_number(self.threshold) or self.threshold < 0:
             raise ConfigError(
-                f"threshold is {self.threshold!r}. It is a relative change: a number from 0 (refresh always)."
+                f"threshold is {self.threshold!r}. It is a relative change: a number from 0 "
+                "(refresh always)."
             )
         if not _is_count(self.max_consecutive) or self.max_consecutive < 1:
             raise ConfigError(
-                f"max_consecutive is {self.max_consecutive!r}. It is the longest run of reuse steps, at least 1."
+                f"max_consecutive is {self.max_consecutive!r}. It is the longest run of reuse "
+                "steps, at least 1."
             )
         _check_window(self.start, self.stop)
 

@@ -1,1 +1,1 @@
-"""The adapters that come with skipcache. Found through entry points, exactly like anybody else's."""
+"""The adapters that come with skipcache. Found by entry points, like anybody else's."""

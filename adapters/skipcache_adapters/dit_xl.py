@@ -1,9 +1,12 @@
-"""DiT: diffusers' ``DiTTransformer2DModel`` and patched ``Transformer2DModel``, and the research code's ``DiT``."""
+"""DiT: diffusers' ``DiTTransformer2DModel`` and patched ``Transformer2DModel``, and the research
+code's ``DiT``.
+"""
 
 from __future__ import annotations
 
-from skipcache import Backbone, BlockList, Timestep, hookimpl
 from torch import nn
+
+from skipcache import Backbone, BlockList, Timestep, hookimpl
 
 claims = (
     "diffusers.DiTTransformer2DModel",
@@ -24,7 +27,9 @@ def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
             lists=(BlockList("transformer_blocks"),),
             hidden_size=getattr(transformer, "inner_dim", None),
         )
-    if "DiT" in names and all(hasattr(transformer, a) for a in ("x_embedder", "blocks", "final_layer")):
+    if "DiT" in names and all(
+        hasattr(transformer, a) for a in ("x_embedder", "blocks", "final_layer")
+    ):
         return Backbone(
             name="dit_xl",
             lists=(BlockList("blocks", takes=("x",), returns="x"),),

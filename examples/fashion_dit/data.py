@@ -1,7 +1,8 @@
 """Fashion-MNIST from its IDX files, as tensors ready for training.
 
-The files come with Debian's package ``dataset-fashion-mnist`` (``apt-get install dataset-fashion-mnist``),
-or from https://github.com/zalandoresearch/fashion-mnist (MIT licence), in any folder of the same four files.
+The files come with Debian's package ``dataset-fashion-mnist`` (``apt-get install
+dataset-fashion-mnist``), or from https://github.com/zalandoresearch/fashion-mnist (MIT licence), in
+any folder of the same four files.
 """
 
 import gzip

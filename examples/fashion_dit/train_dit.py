@@ -2,8 +2,8 @@
 
     python examples/fashion_dit/train_dit.py --out runs/fashion_dit --minutes 70
 
-Needs what ``train_vae.py`` wrote. A checkpoint is written every few minutes; the same command goes on from it.
-On a GPU: ``--device cuda --batch-size 1024 --minutes 30``.
+Needs what ``train_vae.py`` wrote. A checkpoint is written every few minutes; the same command goes
+on from it. On a GPU: ``--device cuda --batch-size 1024 --minutes 30``.
 """
 
 import argparse
@@ -11,12 +11,13 @@ import os
 import time
 from pathlib import Path
 
-import data
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+
+import data
 
 
 def build_transformer() -> DiTTransformer2DModel:
@@ -50,20 +51,24 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def learning_rate_at(progress: float, peak: float, step: int, warmup: int = 200) -> float:
-    """Linear warm-up over steps, then constant, then linear to zero over the last 40 % of the time."""
+    """Linear warm-up over steps, then constant, then linear to zero over the last 40 %."""
     return peak * min(1.0, (step + 1) / warmup) * min(1.0, (1.0 - progress) / 0.4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=70.0, help="training time over all sessions")
+    parser.add_argument(
+        "--minutes", type=float, default=70.0, help="training time over all sessions"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ema-decay", type=float, default=0.9992)
     parser.add_argument("--class-dropout", type=float, default=0.1)
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks (needs a C compiler)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -118,7 +123,9 @@ def main() -> None:
         dropped = torch.rand(args.batch_size, device=device) < args.class_dropout
         label = torch.where(dropped, data.NULL_CLASS, label)
         noise = torch.randn_like(clean)
-        timestep = torch.randint(scheduler.config.num_train_timesteps, (args.batch_size,), device=device)
+        timestep = torch.randint(
+            scheduler.config.num_train_timesteps, (args.batch_size,), device=device
+        )
         noisy = scheduler.add_noise(clean, noise, timestep)
         target = scheduler.get_velocity(clean, noise, timestep)
         with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -2,19 +2,21 @@
 
     python examples/fashion_dit/train_vae.py --out runs/fashion_dit
 
-Writes ``<out>/vae`` (a diffusers folder, fp32, scaling factor set) and the latents of both splits. Resumes by itself.
+Writes ``<out>/vae`` (a diffusers folder, fp32, scaling factor set) and the latents of both splits.
+Resumes by itself.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import data
 import torch
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
+
+import data
 
 
 def build_vae() -> AutoencoderKL:

@@ -1,1 +1,1 @@
-"""The hot path: how a cached forward runs. Imports torch and the leaf modules, no adapter and no diffusers."""
+"""The hot path: how a cached forward runs. Imports torch and leaf modules only."""

@@ -1,8 +1,9 @@
 """Stand-ins: what a transformer's own block loop meets while a cached forward is under way.
 
-The loop ``for block in self.blocks`` keeps its full length. Blocks at the front and the back are the real ones;
-those of the deep span, and the resume layer, are stand-ins that look at one bool, ``slot.is_reuse``, which was
-decided outside the forward. Everything here is traceable by ``torch.compile``.
+The loop ``for block in self.blocks`` keeps its full length. Blocks at the front and the back are
+the real ones; those of the deep span, and the resume layer, are stand-ins that look at one bool,
+``slot.is_reuse``, which was decided outside the forward. Everything here is traceable by
+``torch.compile``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FlowLayout: TypeAlias = "tuple[tuple[torch.Size, torch.dtype, torch.device] | No
 
 
 def layout_of(flow: Tensors) -> FlowLayout:
-    """Shape, dtype and device of every flowing tensor: what must agree for a cached feature to be used."""
+    """Shape, dtype and device of every flowing tensor: what must agree for a reuse."""
     return tuple(
         None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in flow
     )
@@ -73,7 +74,7 @@ class Ports:
 
 @dataclass
 class Slot:
-    """The one mutable thing that stand-ins see: what the forward under way is to do, and what it captured."""
+    """The one mutable thing that stand-ins see: what this forward is to do and what it captured."""
 
     estimator: Estimator
     is_reuse: bool = False
@@ -92,7 +93,7 @@ class Slot:
 
 
 class SpanBlock:
-    """Stands for a block of the deep span: runs it on a refresh, hands its input through on a reuse."""
+    """Stands for a block of the deep span: runs it, or on a reuse hands its input through."""
 
     def __init__(self, block: nn.Module, ports: Ports, slot: Slot) -> None:
         self.block, self.ports, self.slot = block, ports, slot
@@ -110,7 +111,7 @@ class SpanBlock:
 
 
 class EntryBlock(SpanBlock):
-    """The first block of the deep span: here the shallow feature is known, and the last guard stands."""
+    """The first block of the deep span: here the shallow feature is known and guarded."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
@@ -128,7 +129,9 @@ class EntryBlock(SpanBlock):
 
 
 class ResumeBlock(SpanBlock):
-    """The first block of the back: a refresh captures the deep feature here, a reuse puts the estimate in."""
+    """The first block of the back: a refresh captures the deep feature here, a reuse puts the
+    estimate in.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
@@ -141,10 +144,11 @@ class ResumeBlock(SpanBlock):
 
 
 class SteppedBlockList(nn.ModuleList):
-    """The class that a cached transformer's block lists take on: an ``nn.ModuleList`` that can iterate stand-ins.
+    """The class that a cached transformer's block lists take on: an ``nn.ModuleList`` that can
+    iterate stand-ins.
 
-    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a cached forward so is
-    iteration.
+    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a cached
+    forward so is iteration.
     """
 
     _stand_ins: tuple[Any, ...] | None = None

@@ -1,7 +1,7 @@
 """Which run, which step, which stream: found anew at every forward, from whoever can tell.
 
-In this order: an explicit ``skip_cache_run``; the scheduler of an attached pipeline; the timestep values. The
-name of a guidance pass, where the pipeline gives one, names the stream in all three.
+In this order: an explicit ``skip_cache_run``; the scheduler of an attached pipeline; the timestep
+values. The name of a guidance pass, where the pipeline gives one, names the stream in all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from skipcache.runtime.taps import ContextTap, SchedulerTap
 
 
 class PipelineLink:
-    """A pipeline that calls the transformer, held weakly, and the tap on whatever scheduler it has now."""
+    """A pipeline that calls the transformer, held weakly, and the tap on its present scheduler."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline)
@@ -31,7 +31,7 @@ class PipelineLink:
         return self._pipeline()
 
     def attach_tap(self, *, fresh: bool) -> SchedulerTap | None:
-        """The tap on the pipeline's scheduler of this moment; None without a scheduler that has timesteps."""
+        """The tap on the pipeline's present scheduler; None where that has no timesteps."""
         scheduler = getattr(self.pipeline, "scheduler", None)
         if self._tap is not None and self._tap.scheduler is scheduler:
             return self._tap
@@ -47,7 +47,7 @@ class PipelineLink:
             self._tap = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineLink:
-        # With the pipeline: the copy follows the copied pipeline. The transformer alone: it follows none.
+        # Copied with its pipeline, it follows the copied one; the transformer alone follows none.
         copy = PipelineLink.__new__(PipelineLink)
         copied = memo.get(id(self.pipeline)) if self.pipeline is not None else None
         copy._pipeline = weakref.ref(copied) if copied is not None else _no_pipeline
@@ -80,7 +80,7 @@ class SchedulerRun(Run):
         return self.tap.run_id != self.run_id or self.tap.is_over
 
     def follow(self) -> None:
-        """Moves to the scheduler's step; plans anew if its run turns out to have begun elsewhere."""
+        """Moves to the scheduler's step; plans anew if the run turns out to begin elsewhere."""
         if self.begin != self.tap.begin:
             self.begin = self.tap.begin
             self.times, self.plan = self.tap.times[self.begin :], None
@@ -107,7 +107,9 @@ class ExplicitRun(Run):
 class Clock:
     """Locates every forward of one transformer in a run."""
 
-    def __init__(self, timestep: Timestep | None, parameters: Sequence[str], needs_times: bool) -> None:
+    def __init__(
+        self, timestep: Timestep | None, parameters: Sequence[str], needs_times: bool
+    ) -> None:
         self.timestep = timestep
         self.position = (
             list(parameters).index(timestep.argument)
@@ -123,11 +125,15 @@ class Clock:
         self.explicit: list[ExplicitRun] = []
         self._scheduled: list[SchedulerRun] = []  # unfinished ones, the innermost last
         self._bare: Run | None = None
-        self._silent: tuple[SchedulerTap, int] | None = None  # a run in which somebody else does the sampling
+        self._silent: tuple[SchedulerTap, int] | None = (
+            None  # a run in which somebody else does the sampling
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(explicit=[], _scheduled=[], _bare=None, _silent=None)  # a copy starts with no run
+        state.update(
+            explicit=[], _scheduled=[], _bare=None, _silent=None
+        )  # a copy starts with no run
         return state
 
     def attach(self, pipeline: Any) -> None:
@@ -151,7 +157,9 @@ class Clock:
             self._bare = None
 
     def locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Any] | None:
-        """The run of the forward under way, moved to its step, and its stream; None when it cannot be told."""
+        """The run of the forward under way, moved to its step, and its stream; None when it cannot
+        be told.
+        """
         name = self.context.name if self.context is not None else None
         if self.explicit:
             return self._locate_explicit(self.explicit[-1], name, args, kwargs)
@@ -193,7 +201,7 @@ class Clock:
         self._drop_over()
         if not self._scheduled:
             return None
-        # A pipeline inside another one's loop, or a run that was given up: the time says whose call this is.
+        # One pipeline inside another's loop, or a run given up: the time says whose call this is.
         is_contested = len(self._scheduled) > 1
         raw = self._read_raw(args, kwargs, sync=is_contested)
         if raw is None or self.timestep is None:
@@ -225,16 +233,19 @@ class Clock:
             run.advance(run.step + 1)
         return run, run.next_stream(name)
 
-    def _read_time(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sync: bool) -> float | None:
+    def _read_time(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sync: bool
+    ) -> float | None:
         raw = self._read_raw(args, kwargs, sync=sync)
         return None if raw is None or self.timestep is None else self.timestep.normalise(raw[0])
 
     def _read_raw(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sync: bool
     ) -> tuple[float, bool] | None:
-        """The timestep given to the forward and whether it is of half precision; of several, the noisiest.
+        """The timestep of the forward (the noisiest of several), and whether in half precision.
 
-        None where there is none, or where reading it would need a device sync that was not asked for.
+        None where there is none, or where reading it would need a device sync that was not asked
+        for.
         """
         if self.timestep is None:
             return None
@@ -248,7 +259,8 @@ class Clock:
         if given.device.type != "cpu" and not sync:
             return None
         is_one_value = all(
-            stride == 0 or size == 1 for stride, size in zip(given.stride(), given.shape, strict=True)
+            stride == 0 or size == 1
+            for stride, size in zip(given.stride(), given.shape, strict=True)
         )
         flat = given.detach().flatten()
         values = (flat[:1] if is_one_value else flat).tolist()

@@ -1,4 +1,6 @@
-"""Conducts one transformer: decides before each forward, hands the lists their stand-ins, and files what came of it."""
+"""Conducts one transformer: decides before each forward, hands the lists their stand-ins, and files
+what came of it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from skipcache.errors import ConfigError, NotCachingWarning
 from skipcache.estimators import Estimator, Refresh, Tensors
 from skipcache.runtime.blocklist import Slot, SteppedBlockList, copy_of
 from skipcache.runtime.clock import Clock
+from skipcache.runtime.compiled import outside_graphs
 from skipcache.runtime.layout import BoundBackbone
 from skipcache.runtime.stats import CacheStats, stats_of
 from skipcache.runtime.store import Run, Stream, relative_change
@@ -22,12 +25,12 @@ from skipcache.schedules import Progress, Schedule
 
 
 class PreForwardHook:
-    """Forward pre-hook of the transformer; a module-level class, so that copies and pickles carry it."""
+    """Forward pre-hook of the transformer; a module-level class: copies and pickles carry it."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.controller.before(args, kwargs)
 
@@ -38,7 +41,7 @@ class PostForwardHook:
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.controller.after(output)
 
@@ -119,7 +122,8 @@ class Controller:
         self._current = None
         if torch.is_grad_enabled():
             self._warn_once(
-                "gradients are on, so nothing is cached and every layer runs. Sample under torch.no_grad(), or call "
+                "gradients are on, so nothing is cached and every layer runs. Sample under "
+                "torch.no_grad(), or call "
                 "remove_skip_cache before training."
             )
             return
@@ -188,7 +192,7 @@ class Controller:
         since = run.step - stream.last_refresh_step if stream.refreshes else None
         return Progress(run.times[: run.step + 1], since, stream.change)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _probe(self, flow: Tensors) -> None:
         """Called at the entry of the deep span: measures, and lets the schedule decide."""
         assert self._current is not None
@@ -223,13 +227,11 @@ class Controller:
         """Whether a reuse step will look at this refresh."""
         if run.plan is None:
             return True
-        refreshes_later = 0
-        for refreshes in run.plan[run.step + 1 :]:
-            if not refreshes:
-                return True
-            refreshes_later += 1
-            if refreshes_later >= self.estimator.history:
+        for refreshes_between, is_refresh in enumerate(run.plan[run.step + 1 :]):
+            if refreshes_between >= self.estimator.history:
                 return False
+            if not is_refresh:
+                return True
         return False
 
     def _last_useful_step(self, run: Run) -> int:
@@ -240,18 +242,29 @@ class Controller:
     def _warn_once(self, message: str) -> None:
         if message not in self._has_warned:
             self._has_warned.add(message)
-            warnings.warn(f"skipcache on {self.bound.backbone.name!r}: {message}", NotCachingWarning, stacklevel=3)
+            warnings.warn(
+                f"skipcache on {self.bound.backbone.name!r}: {message}",
+                NotCachingWarning,
+                stacklevel=3,
+            )
 
 
 def _check_schedule(schedule: Schedule) -> None:
-    """Tries the plan on a run of 50 steps, so that a schedule that answers nonsense fails now and not while sampling."""
+    """Tries the plan on a run of 50 steps, so that a schedule that answers nonsense fails now and
+    not while sampling.
+    """
     times = [1.0 - i / 50 for i in range(50)]
     plan: Sequence[object] | None = schedule.plan(times)
     if schedule.needs_probe and plan is None:
         return
-    if plan is None or len(plan) != len(times) or not all(isinstance(entry, bool) for entry in plan):
+    if (
+        plan is None
+        or len(plan) != len(times)
+        or not all(isinstance(entry, bool) for entry in plan)
+    ):
         raise ConfigError(
-            f"{schedule!r} planned {plan!r} for a run of {len(times)} steps. A plan is one bool a step, True = refresh."
+            f"{schedule!r} planned {plan!r} for a run of {len(times)} steps. A plan is one bool a "
+            "step, True = refresh."
         )
 
 

@@ -30,7 +30,8 @@ class BoundList:
         module: the list itself.
         ports: of every block.
         first_layer: index of the layer that its first block belongs to.
-        is_leading: whether features are captured and injected at its blocks (the first of zipped lists).
+        is_leading: whether features are captured and injected at its blocks (the first of zipped
+            lists).
     """
 
     spec: BlockList
@@ -43,11 +44,19 @@ class BoundList:
         """What the list yields during a cached forward, one a block."""
         return tuple(
             self._stand_in(self.first_layer + i, block, ports, front_layers, resume_layer, slot)
-            for i, (block, ports) in enumerate(zip(_real_blocks(self.module), self.ports, strict=True))
+            for i, (block, ports) in enumerate(
+                zip(_real_blocks(self.module), self.ports, strict=True)
+            )
         )
 
     def _stand_in(
-        self, layer: int, block: nn.Module, ports: Ports, front_layers: int, resume_layer: int, slot: Slot
+        self,
+        layer: int,
+        block: nn.Module,
+        ports: Ports,
+        front_layers: int,
+        resume_layer: int,
+        slot: Slot,
     ) -> Any:
         if layer < front_layers or layer > resume_layer:
             return block
@@ -60,7 +69,9 @@ class BoundList:
 
 @dataclass(frozen=True)
 class BoundBackbone:
-    """A backbone whose every word was checked against one transformer. ``depth`` is its number of layers, L."""
+    """A backbone whose every word was checked against one transformer. ``depth`` is its number of
+    layers, L.
+    """
 
     backbone: Backbone
     lists: tuple[BoundList, ...]
@@ -70,21 +81,25 @@ class BoundBackbone:
         """Refuses a deep span that this model or estimator cannot leave out.
 
         Raises:
-            ConfigError: a native skip would start inside the span and end behind it, or the estimator compares
-                shallow and deep features that are not of one form.
+            ConfigError: a native skip would start inside the span and end behind it, or the
+                estimator compares shallow and deep features that are not of one form.
         """
         resume = self.depth - back_layers
         for source, target in self.backbone.native_skips:
             if front_layers <= source < resume <= target:
                 raise ConfigError(
-                    f"back_layers={back_layers} with front_layers={front_layers}: the native skip of layer {target} of "
-                    f"{self.backbone.name!r} starts at layer {source}, which a reuse step leaves out. "
+                    f"back_layers={back_layers} with front_layers={front_layers}: the native skip "
+                    f"of layer {target} of "
+                    f"{self.backbone.name!r} starts at layer {source}, which a reuse step leaves "
+                    "out. "
                     "Use back_layers no larger than front_layers."
                 )
         if needs_shallow and self._takes_at(front_layers) != self._takes_at(resume):
             raise ConfigError(
-                f"the estimator compares the feature entering layer {front_layers} with that entering layer {resume}, "
-                f"and in {self.backbone.name!r} they are different tensors: {self._takes_at(front_layers)} and "
+                f"the estimator compares the feature entering layer {front_layers} with that "
+                f"entering layer {resume}, "
+                f"and in {self.backbone.name!r} they are different tensors: "
+                f"{self._takes_at(front_layers)} and "
                 f"{self._takes_at(resume)}. Use estimator='hold' or 'taylor'."
             )
 
@@ -97,8 +112,9 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
     """Finds and checks everything that the backbone names.
 
     Raises:
-        AdapterError: a path that is not there or no ``nn.ModuleList``, an empty list, zipped lists of different
-            lengths, a parameter that a block's forward does not have, a native skip past the last layer.
+        AdapterError: a path that is not there or no ``nn.ModuleList``, an empty list, zipped lists
+            of different lengths, a parameter that a block's forward does not have, a native skip
+            past the last layer.
     """
     lists: list[BoundList] = []
     layer = 0
@@ -117,13 +133,15 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
     for source, target in backbone.native_skips:
         if target >= layer:
             raise _mismatch(
-                backbone, transformer, f"native skip ({source}, {target}) ends past the last of {layer} layers"
+                backbone,
+                transformer,
+                f"native skip ({source}, {target}) ends past the last of {layer} layers",
             )
     return BoundBackbone(backbone, tuple(lists), layer)
 
 
 def _real_blocks(module: nn.ModuleList) -> Iterator[nn.Module]:
-    return iter(module._modules.values())  # type: ignore[arg-type]  # a ModuleList holds no None
+    return iter(module._modules.values())
 
 
 def _find_list(backbone: Backbone, spec: BlockList, transformer: nn.Module) -> nn.ModuleList:
@@ -160,6 +178,7 @@ def _ports_of(
 
 def _mismatch(backbone: Backbone, transformer: nn.Module, what: str) -> AdapterError:
     return AdapterError(
-        f"adapter {backbone.name!r} does not fit {type(transformer).__qualname__!r}: {what}. Correct the adapter's "
+        f"adapter {backbone.name!r} does not fit {type(transformer).__qualname__!r}: {what}. "
+        "Correct the adapter's "
         "Backbone (docs/how-to/write-an-adapter.md)."
     )

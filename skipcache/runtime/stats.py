@@ -48,8 +48,9 @@ class CacheStats:
     """The last run of a target: sums over its streams, and each stream apart.
 
     Attributes:
-        streams: stats by stream: the pass's name where the pipeline gives one, else ``"0"``, ``"1"``, ... in the
-            order of calls. With two transformers the name is in front: ``"transformer_2/0"``.
+        streams: stats by stream: the pass's name where the pipeline gives one, else ``"0"``,
+            ``"1"``, ... in the order of calls. With two transformers the name is in front:
+            ``"transformer_2/0"``.
         cache_bytes: the most bytes that the caches held at once, measured on the stored tensors.
     """
 
@@ -99,12 +100,20 @@ def stats_of(run: Run | None, depth: int, kept_layers: int) -> CacheStats:
 
 
 def merge_stats(parts: Mapping[str, CacheStats]) -> CacheStats:
-    """One ``CacheStats`` for a pipeline, its transformers' names in front of the streams' where there are several."""
+    """One ``CacheStats`` for a pipeline, its transformers' names in front of the streams' where
+    there are several.
+    """
     if len(parts) == 1:
         return next(iter(parts.values()))
-    streams = {f"{name}/{key}": s for name, part in parts.items() for key, s in part.streams.items()}
+    streams = {
+        f"{name}/{key}": s for name, part in parts.items() for key, s in part.streams.items()
+    }
     return CacheStats(streams, sum(part.cache_bytes for part in parts.values()))
 
 
 def _name_of(key: Hashable) -> str:
-    return ".".join(str(part) for part in key) if isinstance(key, Sequence) and not isinstance(key, str) else str(key)
+    return (
+        ".".join(str(part) for part in key)
+        if isinstance(key, Sequence) and not isinstance(key, str)
+        else str(key)
+    )

@@ -1,4 +1,4 @@
-"""The cache of one run: per stream, the refreshes kept, what guards them, and how many bytes they hold."""
+"""The cache of one run: per stream, the refreshes kept, what guards them, and their bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from skipcache.estimators import Refresh, Tensors
 from skipcache.runtime.blocklist import FlowLayout
+from skipcache.runtime.compiled import outside_graphs
 
 MAX_STREAMS = 8  # guidance passes a step; more calls than that get no cache of their own
 
@@ -47,7 +48,8 @@ class Run:
     """One sampling trajectory. Nothing in it is ever seen by another one.
 
     Attributes:
-        times: normalised times of its steps, as far as known: all of them where a scheduler tells, else one more a step.
+        times: normalised times of its steps, as far as known: all of them where a scheduler tells,
+            else one more a step.
         plan: which steps refresh, where the schedule could plan ahead.
         step: index of the current step.
     """
@@ -72,7 +74,7 @@ class Run:
             self.calls = {}
 
     def next_stream(self, name: str | None) -> Hashable:
-        """The stream of the call under way: its name, or how many calls this step has seen before it."""
+        """The stream of the call under way: its name, or its place among this step's calls."""
         count = self.calls.get(name, 0)
         self.calls[name] = count + 1
         return count if name is None else name if count == 0 else (name, count)
@@ -95,7 +97,7 @@ class Run:
             stream.drop()
 
 
-@torch.compiler.disable
+@outside_graphs
 def relative_change(previous: Tensors, current: Tensors) -> float:
     """mean|current - previous| / mean|previous| over all elements of all tensors; a host sync."""
     difference, size = 0.0, 0.0

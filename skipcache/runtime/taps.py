@@ -1,7 +1,9 @@
-"""Listening posts on instances: ``scheduler.step``, ``transformer.cache_context``, and methods like ``forward_with_cfg``.
+"""Listening posts on instances: ``scheduler.step``, ``transformer.cache_context``, and methods like
+``forward_with_cfg``.
 
-Each is a callable object in the ``__dict__`` of the instance, over the method of its class. Both survive
-``deepcopy`` (the copy listens to the copy) and ``pickle``, and leave no trace when taken out.
+Each is a callable object in the ``__dict__`` of the instance, over the method of its class. Both
+survive ``deepcopy`` (the copy listens to the copy) and ``pickle``, and leave no trace when taken
+out.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ import torch
 class SchedulerTap:
     """Counts the steps of one scheduler and tells its runs apart, without a device sync.
 
-    A new ``scheduler.timesteps`` object is a new run. ``ticks`` counts the steps since; ``position`` is the index
-    in ``timesteps`` of the step to come, read off the timestep given to ``step``, which is a view of them;
-    ``begin`` that of the run's first step (image to image begins late).
+    A new ``scheduler.timesteps`` object is a new run. ``ticks`` counts the steps since;
+    ``position`` is the index in ``timesteps`` of the step to come, read off the timestep given to
+    ``step``, which is a view of them; ``begin`` that of the run's first step (image to image begins
+    late).
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.users = 0
-        self.timesteps = scheduler.timesteps  # those there already belong to no run that we will see
+        self.timesteps = (
+            scheduler.timesteps
+        )  # those there already belong to no run that we will see
         self.run_id = 0
         self.ticks = 0
         self.begin = 0
@@ -40,7 +45,9 @@ class SchedulerTap:
 
     @staticmethod
     def of(scheduler: Any, *, fresh: bool) -> SchedulerTap:
-        """The scheduler's tap; puts one in where there is none. ``fresh``: its timesteps are a run's already."""
+        """The scheduler's tap; puts one in where there is none. ``fresh``: its timesteps are a
+        run's already.
+        """
         tap = scheduler.__dict__.get("step")
         if not isinstance(tap, SchedulerTap):
             tap = SchedulerTap(scheduler)
@@ -57,7 +64,9 @@ class SchedulerTap:
         return type(self.scheduler).step.__get__(self.scheduler)
 
     @property
-    def __signature__(self) -> inspect.Signature:  # pipelines ask whether ``step`` takes eta or generator
+    def __signature__(
+        self,
+    ) -> inspect.Signature:  # pipelines ask whether ``step`` takes eta or generator
         return inspect.signature(self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +89,9 @@ class SchedulerTap:
             self.run_id += 1
             self.ticks = 0
             self.begin = self.position = getattr(self.scheduler, "begin_index", None) or 0
-            self.values = [float(value) for value in torch.as_tensor(self.timesteps).flatten().tolist()]
+            self.values = [
+                float(value) for value in torch.as_tensor(self.timesteps).flatten().tolist()
+            ]
             self.times = normalised_times(
                 self.values, getattr(self.scheduler.config, "num_train_timesteps", None) or 1000
             )
@@ -94,7 +105,11 @@ class SchedulerTap:
         steps = self.timesteps
         if not isinstance(steps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
             return None
-        if timestep.numel() != 1 or timestep.dtype != steps.dtype or timestep.device != steps.device:
+        if (
+            timestep.numel() != 1
+            or timestep.dtype != steps.dtype
+            or timestep.device != steps.device
+        ):
             return None
         offset = timestep.data_ptr() - steps.data_ptr()
         width = steps.element_size() * (steps.stride(0) if steps.dim() else 1)
@@ -115,7 +130,8 @@ class SchedulerTap:
 def normalised_times(timesteps: Sequence[float], train_timesteps: int) -> list[float]:
     """Timesteps as fractions of the training noise levels, 1 = noise, falling.
 
-    Timesteps that are no such fractions (EDM's log-sigmas) are replaced by their rank, evenly from 1 to 0.
+    Timesteps that are no such fractions (EDM's log-sigmas) are replaced by their rank, evenly from
+    1 to 0.
     """
     times = [value / train_timesteps for value in timesteps]
     if not all(math.isfinite(time) and -1e-6 <= time <= 1.0 + 1e-3 for time in times):
@@ -125,7 +141,9 @@ def normalised_times(timesteps: Sequence[float], train_timesteps: int) -> list[f
 
 
 class ContextTap:
-    """Notes the name that a pipeline gives to a guidance pass: ``with transformer.cache_context("cond")``."""
+    """Notes the name that a pipeline gives to a guidance pass: ``with
+    transformer.cache_context("cond")``.
+    """
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
@@ -142,14 +160,18 @@ class ContextTap:
 
 
 class MethodTap:
-    """A method that a sampler calls in place of the module and that goes past its hooks (``forward_with_cfg``)."""
+    """A method that a sampler calls in place of the module and that goes past its hooks
+    (``forward_with_cfg``).
+    """
 
     def __init__(self, transformer: Any, method: str, controller: Any) -> None:
         self.transformer, self.method, self.controller = transformer, method, controller
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.transformer), self.method).__get__(self.transformer))
+        return inspect.signature(
+            getattr(type(self.transformer), self.method).__get__(self.transformer)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = None

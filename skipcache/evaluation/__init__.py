@@ -1,0 +1,3 @@
+"""Measures speed, memory and quality. Speedup means wall-clock against the same work uncached, in
+the same run.
+"""
