@@ -86,11 +86,10 @@ def apply_skip_cache(
         estimator=estimator,
     )
     transformers = _transformers_of(target)
-    controllers = [
+    built = [
         (transformer, _build(transformer, config, adapter)) for transformer in transformers.values()
     ]
-    for transformer, controller in controllers:
-        _install(target, transformer, controller)
+    _install(target, built)
     return target
 
 
@@ -139,10 +138,8 @@ def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
         yield target
     finally:
         remove_skip_cache(target)
-        for transformer in _transformers_of(target).values():
-            earlier = before.get(id(transformer))
-            if earlier is not None:
-                _install(target, transformer, earlier)
+        transformers = _transformers_of(target).values()
+        _install(target, [(t, c) for t in transformers if (c := before.get(id(t))) is not None])
 
 
 def is_skip_cached(target: object) -> bool:
@@ -306,20 +303,28 @@ def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None
     return own.backbone_of(transformer, own.register(adapter))
 
 
-def _install(target: object, transformer: nn.Module, controller: Controller) -> None:
+def _install(target: object, built: Sequence[tuple[nn.Module, Controller]]) -> None:
+    """Replaces what is applied by what was built. Only attaching can fail, and comes first."""
     from torch import nn
 
     from skipcache.runtime.controller import controller_of
 
-    earlier = controller_of(transformer)
-    if earlier is not None:
-        for link in earlier.clock.links:
-            if link.pipeline is not None:
-                controller.clock.attach(link.pipeline)
-        earlier.uninstall(transformer)
-    controller.install(transformer)
-    if not isinstance(target, nn.Module):
-        controller.clock.attach(target)
+    earlier = [controller_of(transformer) for transformer, _ in built]
+    try:
+        for (_, controller), before in zip(built, earlier, strict=True):
+            links = before.clock.links if before is not None else []
+            for pipeline in [link.pipeline for link in links if link.pipeline is not None]:
+                controller.clock.attach(pipeline)
+            if not isinstance(target, nn.Module):
+                controller.clock.attach(target)
+    except BaseException:
+        for _, controller in built:
+            controller.clock.release()
+        raise
+    for (transformer, controller), before in zip(built, earlier, strict=True):
+        if before is not None:
+            before.uninstall(transformer)
+        controller.install(transformer)
 
 
 def _applied(target: object) -> list[tuple[str, nn.Module, Controller]]:

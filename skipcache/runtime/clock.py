@@ -138,8 +138,8 @@ class Clock:
 
     def attach(self, pipeline: Any) -> None:
         """Follows a pipeline's scheduler too; a pipeline already followed is not doubled."""
-        if all(link.pipeline is not pipeline for link in self.links):
-            self.links.append(PipelineLink(pipeline))
+        self.links = [link for link in self.links if link.pipeline not in (None, pipeline)]
+        self.links.append(PipelineLink(pipeline))
 
     def release(self) -> None:
         """Takes every tap out and lets go of what is cached."""

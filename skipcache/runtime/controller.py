@@ -5,6 +5,7 @@ what came of it.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -141,6 +142,11 @@ class Controller:
             return
         self._current = run, stream
         self._decide(run, stream)
+        if self.schedule.needs_times and math.isnan(run.time) and not run.is_planned:
+            self._warn_once(
+                "the schedule has a window, and no call says its time, so every step refreshes. "
+                "Pass timesteps=... to skip_cache_run, or use a schedule without a window."
+            )
         for entry, stand_ins in zip(self.bound.lists, self.stand_ins, strict=True):
             entry.module._stand_ins = stand_ins  # type: ignore[assignment]
 
@@ -216,28 +222,20 @@ class Controller:
         stream.record.append(is_refresh)
         if is_refresh:
             stream.last_refresh_step, stream.change = run.step, 0.0
-            if slot.deep is not None and self._is_needed(run):
+            if slot.deep is not None and run.step < self._last_reuse(run):
                 refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
                 stream.keep(refresh, slot.entered)
         run.measure()
-        if run.is_planned and run.step >= self._last_useful_step(run):
+        if run.step >= self._last_reuse(run):
             stream.drop()
 
-    def _is_needed(self, run: Run) -> bool:
-        """Whether a reuse step will look at this refresh."""
-        if run.plan is None:
-            return True
-        for refreshes_between, is_refresh in enumerate(run.plan[run.step + 1 :]):
-            if refreshes_between >= self.estimator.history:
-                return False
-            if not is_refresh:
-                return True
-        return False
-
-    def _last_useful_step(self, run: Run) -> int:
+    def _last_reuse(self, run: Run) -> float:
+        """The last step that may reuse: nothing is kept after it."""
+        if not run.is_planned:
+            return math.inf
         if run.plan is None:
             return len(run.times) - 1
-        return max((i for i, refreshes in enumerate(run.plan) if not refreshes), default=0)
+        return max((i for i, is_refresh in enumerate(run.plan) if not is_refresh), default=-1)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._has_warned:

@@ -92,9 +92,9 @@ class SchedulerTap:
             self.values = [
                 float(value) for value in torch.as_tensor(self.timesteps).flatten().tolist()
             ]
-            self.times = normalised_times(
-                self.values, getattr(self.scheduler.config, "num_train_timesteps", None) or 1000
-            )
+            config = getattr(self.scheduler, "config", None)
+            total = getattr(config, "num_train_timesteps", None) or 1000
+            self.times = normalised_times(self.values, total)
 
     @property
     def is_over(self) -> bool:

@@ -1,0 +1,300 @@
+"""Proves that the documentation says what the code does: names, defaults, commands, printed output, links."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import skipcache
+import torch
+from skipcache import cli, config, hookspecs, plugins
+from skipcache.evaluation import __main__ as evaluation
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+EXECUTED = sorted(
+    [ROOT / "README.md", DOCS / "index.md", *DOCS.glob("tutorials/*.md"), *DOCS.glob("how-to/*.md")]
+)
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+
+
+def names_of(pages: list[Path]) -> list[str]:
+    return [page.relative_to(ROOT).as_posix() for page in pages]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fence:
+    """A fenced block: its language, its text, and the line of the page that the text begins on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def fences_of(page: Path) -> list[Fence]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Fence(match[1], match[2], text[: match.start(2)].count("\n") + 1)
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def section(page: Path, heading: str) -> str:
+    """The text under a heading, up to the next one of any level."""
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert found, f"{page.name} has no heading {heading!r}"
+    return found[1]
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """The rows of the tables in a text whose first cell is one name in backticks: name to its other cells."""
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return {row[0].strip("`"): row[1:] for row in rows if re.fullmatch(r"`[\w.-]+`", row[0])}
+
+
+# Hooks
+
+
+def test_every_hook_has_its_signature_for_a_heading_and_no_heading_is_stale():
+    """hooks.md has one heading for each hook, equal to its signature, and no other."""
+    signatures = {
+        f"{name}({', '.join(inspect.signature(hook).parameters)})"
+        for name, hook in vars(hookspecs).items()
+        if hasattr(hook, "skipcache_spec")
+    }
+    headings = re.findall(r"^### (.+)$", (DOCS / "reference/hooks.md").read_text("utf-8"), re.MULTILINE)
+    assert signatures
+    assert sorted(headings) == sorted(signatures)
+
+
+# Code
+
+
+@pytest.fixture
+def quiet_process(tmp_path, monkeypatch) -> Iterator[None]:
+    """A folder, an adapter registry, a thread count and compiled code of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_default", None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are small: more threads cost more than they give
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=names_of(EXECUTED))
+def test_code_runs_and_prints_what_the_page_says(page, quiet_process, capsys):
+    """The Python blocks of a page run in order, and a text block after one is exactly what it printed."""
+    fences = fences_of(page)
+    if not any(fence.language == "python" for fence in fences):
+        pytest.skip(f"{page.name} has no Python block")
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+        if fence.language != "python":
+            continue
+        # Empty lines in front, so that a traceback gives the line of the page.
+        source = "\n" * (fence.line - 1) + fence.text
+        exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
+        printed = capsys.readouterr().out
+        if following is not None and following.language == "text":
+            assert printed.strip() == following.text.strip(), f"{page.name}, line {following.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_blocks_name_a_known_language(page):
+    """Every fenced block says its language, so that none escapes the tests by accident."""
+    assert {fence.language for fence in fences_of(page)} <= {"python", "bash", "text", "toml", "bibtex"}
+
+
+# Commands
+
+
+class Parsed(Exception):
+    """Carries the parser of a command out of its ``main``."""
+
+
+def parser_of(main: Callable[[list[str]], int], monkeypatch) -> argparse.ArgumentParser:
+    def stop(self, *args, **kwargs):
+        raise Parsed(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed) as caught:
+            main([])
+    return caught.value.args[0]
+
+
+def commands_in(page: Path) -> list[str]:
+    """Commands of skipcache in bash blocks, and in code spans that have an argument."""
+    lines = [
+        line for fence in fences_of(page) if fence.language == "bash" for line in fence.text.splitlines()
+    ]
+    prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`((?:python -m )?skipcache(?:\.evaluation)? [^`]+)`", prose)
+    return [line for line in lines if re.match(r"(python -m )?skipcache\b", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_commands_parse(page, monkeypatch):
+    """Every command shown is one that the command line accepts."""
+    for line in commands_in(page):
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"]:
+            words = words[2:]
+        program, arguments = words[0], words[1:]
+        if program == "skipcache.evaluation":
+            names = parser_of(evaluation.main, monkeypatch).parse_args(arguments).names
+            assert set(names) <= set(evaluation.BENCHMARKS), line
+        else:
+            assert program == "skipcache", line
+            try:
+                parser_of(cli.main, monkeypatch).parse_args(arguments)
+            except SystemExit as exit_of_parser:
+                assert exit_of_parser.code == 0, line  # --version and --help
+
+
+def test_cli_page_lists_every_command_and_option_with_its_default(monkeypatch):
+    """cli.md has a heading for each command, a row with the right default for each option, and no more."""
+    page = DOCS / "reference/cli.md"
+    parser = parser_of(cli.main, monkeypatch)
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for name, command in commands.choices.items():
+        options = {
+            action.option_strings[-1]: str(action.default)
+            for action in command._actions
+            if not isinstance(action, argparse._HelpAction)
+        }
+        rows = table(section(page, f"skipcache {name}"))
+        assert {option: cells[0].strip("`") for option, cells in rows.items()} == options, name
+    assert set(table(section(page, "python -m skipcache.evaluation"))) == set(evaluation.BENCHMARKS)
+
+
+# Names, options and defaults
+
+
+def test_every_public_name_has_a_row_in_the_api_page():
+    """api.md has a row for each name of ``skipcache.__all__``, and for nothing that is not public."""
+    text = (DOCS / "reference/api.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(\w+)", text.partition("Their kinds are in")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(skipcache.__all__)
+
+
+def test_every_error_has_a_row_in_the_api_page():
+    """api.md has a row for each class of ``skipcache.errors``, and each attribute of the stats."""
+    from skipcache import errors
+    from skipcache.runtime.stats import CacheStats
+
+    text = (DOCS / "reference/api.md").read_text("utf-8")
+    classes = [name for name, value in vars(errors).items() if inspect.isclass(value)]
+    assert set(classes) <= set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+    attributes = {name for name in {*vars(CacheStats), *CacheStats.__annotations__} if name[0] != "_"}
+    listed = [line.split("|")[1] for line in section(
+        DOCS / "reference/api.md", "What cache_stats returns"
+    ).splitlines() if line.startswith("| `")]  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", " ".join(listed))) == attributes
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        skipcache.SkipCacheConfig,
+        skipcache.IntervalSchedule,
+        skipcache.MaskSchedule,
+        skipcache.ProbeSchedule,
+        skipcache.Taylor,
+    ],
+)
+def test_configuration_page_has_every_field_with_its_default(described):
+    """configuration.md has a row for each field of a configuration class, with its default, and no more."""
+    rows = table(section(DOCS / "reference/configuration.md", described.__name__))
+    fields = {field.name: repr(field.default) for field in dataclasses.fields(described)}
+    assert {name: cells[0].strip("`") for name, cells in rows.items()} == fields
+
+
+def test_configuration_page_has_every_option_of_apply_with_its_default():
+    """configuration.md has a row for each option of ``apply_skip_cache``, and says the default that is used."""
+    rows = table(section(DOCS / "reference/configuration.md", "apply_skip_cache"))
+    parameters = inspect.signature(skipcache.apply_skip_cache).parameters.values()
+    assert set(rows) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    defaults = skipcache.SkipCacheConfig()
+    schedule = defaults.resolve_schedule()
+    used = {
+        "interval": schedule.interval,
+        "window": (schedule.start, schedule.stop),
+        **dict(zip(("front_layers", "back_layers"), defaults.resolve_layers(100), strict=True)),
+    }
+    assert {name: rows[name][0].strip("`") for name in used} == {n: repr(v) for n, v in used.items()}
+    assert used["interval"] == config.DEFAULT_INTERVAL
+    page = section(DOCS / "reference/configuration.md", "apply_skip_cache")
+    for has_branches in (True, False):
+        name = type(defaults.resolve_estimator(has_branches=has_branches)).__name__.lower()
+        when = "model with skip branches" if has_branches else "else"
+        assert re.search(rf'{when}[^.]*`"{name}"`|`"{name}"` for a {when}', page)
+
+
+def test_defaults_page_agrees_with_the_configuration():
+    """defaults.md says the defaults that are used, and has the marked block for their measurement."""
+    text = (DOCS / "explanation/defaults.md").read_text("utf-8")
+    assert f"| `interval` | {config.DEFAULT_INTERVAL} |" in text
+    assert f"| `window` | {config.DEFAULT_WINDOW} |" in text
+    assert f"| `front_layers`, `back_layers` | {', '.join(map(str, (1, 1)))} |" in text
+    assert text.index("<!-- defaults-table -->") < text.index("<!-- /defaults-table -->")
+
+
+# The site
+
+
+def test_figure_shows_the_layers_that_the_stats_count(quiet_process, tmp_path):
+    """The picture's script records a real run, in which exactly the layers of the plan ran, and draws it."""
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib (extra: bench)")
+    spec = importlib.util.spec_from_file_location("docs_figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    sys.modules["docs_figures"] = figures  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(figures)
+        run = figures.record(layers=8, steps=12)
+    finally:
+        del sys.modules["docs_figures"]
+    assert {"F", "r"} == set(run.plan)
+    kept = {*range(figures.FRONT), *range(8 - figures.BACK, 8)}
+    for kind, ran in zip(run.plan, run.ran, strict=True):
+        assert {layer for layer in range(8) if ran[layer]} == (set(range(8)) if kind == "F" else kept)
+    figures.draw(run, tmp_path)
+    assert (tmp_path / "depth-time.png").stat().st_size > 0
+
+
+def test_site_builds_strictly(tmp_path):
+    """``mkdocs build --strict`` succeeds: every link and anchor resolves, every page is in the navigation."""
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("mkdocs-material is not installed (extra: docs)")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = [page for page in tmp_path.rglob("*.html")]
+    assert len(pages) >= len(list(DOCS.rglob("*.md")))
+    fetched = [
+        (page.name, url)
+        for page in pages
+        for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?(https?://[^">\s]+)', page.read_text("utf-8"))
+    ]
+    assert fetched == []
