@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from skipcache import IntervalSchedule, apply_skip_cache, cache_stats, skip_cache_run
 from skipcache.evaluation.models import sample_inputs, tiny_dit
 
@@ -77,7 +78,9 @@ def draw(run: DepthTime, folder: Path) -> None:
             axes.text(first_inside, layers + 0.15, f"t = {bound}", ha="center", va="bottom")
         axes.set(xlim=(0, steps), ylim=(0, layers), ylabel="layer (depth)")
         axes.set_xlabel("step (time runs from noise, left, to clean, right)")
-        axes.set_xticks([i + 0.5 for i in range(steps)], [f"{i}\n{k}" for i, k in enumerate(run.plan)])
+        axes.set_xticks(
+            [i + 0.5 for i in range(steps)], [f"{i}\n{k}" for i, k in enumerate(run.plan)]
+        )
         axes.set_yticks([i + 0.5 for i in range(layers)], [str(i) for i in range(layers)])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from skipcache.backbone import Backbone
 from skipcache.config import SkipCacheConfig
@@ -110,6 +110,8 @@ def remove_skip_cache(target: object) -> bool:
     for transformer in _transformers_of(target).values():
         controller = controller_of(transformer)
         if controller is not None:
+            if not _is_module(target):
+                controller.clock.attach(target)  # so that its scheduler is left clean too
             controller.uninstall(transformer)
             removed = True
     return removed
@@ -143,7 +145,11 @@ def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
 
 
 def is_skip_cached(target: object) -> bool:
-    """Whether a cache is applied to the target (to both, of a pipeline with two transformers)."""
+    """Whether a cache is applied to the target (to both, of a pipeline with two transformers).
+
+    Args:
+        target: a pipeline or a transformer.
+    """
     from skipcache.runtime.controller import controller_of
 
     return all(controller_of(t) is not None for t in _transformers_of(target).values())
@@ -235,6 +241,10 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
         return SkipCacheConfig(**given)
     if not isinstance(config, SkipCacheConfig):
         raise ConfigError(f"config is {config!r}. Pass a skipcache.SkipCacheConfig.")
+    if "schedule" in given:
+        config = dataclasses.replace(config, interval=None, window=None)
+    elif given.keys() & {"interval", "window"}:
+        config = dataclasses.replace(config, schedule=None)
     return dataclasses.replace(config, **given)
 
 
@@ -244,7 +254,7 @@ def _transformers_of(target: object) -> dict[str, nn.Module]:
     """
     from torch import nn
 
-    if isinstance(target, nn.Module):
+    if _is_module(target):
         return {"transformer": _unwrap(target)}
     components = getattr(target, "components", None)
     names = (
@@ -264,6 +274,12 @@ def _transformers_of(target: object) -> dict[str, nn.Module]:
             "Pass a diffusers pipeline with a transformer, or the transformer itself."
         )
     return found
+
+
+def _is_module(target: object) -> TypeGuard[nn.Module]:
+    from torch import nn
+
+    return isinstance(target, nn.Module)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -305,8 +321,6 @@ def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None
 
 def _install(target: object, built: Sequence[tuple[nn.Module, Controller]]) -> None:
     """Replaces what is applied by what was built. Only attaching can fail, and comes first."""
-    from torch import nn
-
     from skipcache.runtime.controller import controller_of
 
     earlier = [controller_of(transformer) for transformer, _ in built]
@@ -315,7 +329,7 @@ def _install(target: object, built: Sequence[tuple[nn.Module, Controller]]) -> N
             links = before.clock.links if before is not None else []
             for pipeline in [link.pipeline for link in links if link.pipeline is not None]:
                 controller.clock.attach(pipeline)
-            if not isinstance(target, nn.Module):
+            if not _is_module(target):
                 controller.clock.attach(target)
     except BaseException:
         for _, controller in built:

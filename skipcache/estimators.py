@@ -109,7 +109,9 @@ class Residual:
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         assert shallow is not None
         return tuple(
-            None if deep is None or now is None or then is None else deep + (now - then)
+            None
+            if deep is None or now is None or then is None
+            else (deep + (now - then)).to(deep.dtype)
             for deep, then, now in zip(*prepared, shallow, strict=True)
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,11 @@ class AdapterRegistry:
                 f"an adapter named {name!r} is already there, from {self._adapters[name].origin}. "
                 "Unregister it first, or register this one under another name."
             )
+        claims = getattr(plugin, "claims", ())
+        if isinstance(claims, str) or not all(isinstance(c, str) for c in _as_tuple(claims)):
+            raise AdapterError(
+                f"adapter {name!r}: claims is {claims!r}. It is a tuple of names: ('FooDiT',)."
+            )
         try:
             if self._manager.register(plugin, name) is None:
                 raise AdapterError(f"adapter {name!r} is blocked.")
@@ -102,8 +107,7 @@ class AdapterRegistry:
                 "skipcache_backbone(transformer) marked with "
                 "skipcache.hookimpl; see docs/how-to/write-an-adapter.md."
             )
-        claims = tuple(str(claim) for claim in getattr(plugin, "claims", ()))
-        self._adapters[name] = Adapter(name, origin, claims)
+        self._adapters[name] = Adapter(name, origin, tuple(claims))
         return name
 
     def _forget(self, name: str) -> None:
@@ -176,6 +180,10 @@ class AdapterRegistry:
         return ", ".join(sorted(self._adapters)) or "none"
 
 
+def _as_tuple(claims: object) -> tuple[object, ...]:
+    return tuple(claims) if isinstance(claims, Iterable) else (claims,)
+
+
 def _name_of(plugin: object) -> str:
     name = getattr(plugin, "__name__", None) or type(plugin).__name__
     return str(name).rpartition(".")[2]
@@ -214,6 +222,9 @@ def register_adapter(plugin: object, name: str | None = None) -> str:
 
 def unregister_adapter(name: str) -> None:
     """Takes a registered adapter out again.
+
+    Args:
+        name: the id that ``register_adapter`` returned.
 
     Raises:
         NoAdapterError: there is none of that name.

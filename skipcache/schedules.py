@@ -9,10 +9,11 @@ known (``is_refresh``).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsIndex, TypeGuard, runtime_checkable
 
 from skipcache.errors import ConfigError
 
@@ -114,8 +115,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: object) -> TypeGuard[SupportsIndex]:
+    """Whole numbers, numpy's among them; True and False are none."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,13 @@ class MaskSchedule:
     needs_probe = False
 
     def __post_init__(self) -> None:
-        steps, times = tuple(self.refresh_steps), tuple(self.refresh_times)
+        try:
+            steps, times = tuple(self.refresh_steps), tuple(self.refresh_times)
+        except TypeError:
+            raise ConfigError(
+                f"refresh steps are {self.refresh_steps!r}, refresh times {self.refresh_times!r}. "
+                "Pass a list: MaskSchedule([0, 2, 5]), or MaskSchedule.at_times([0.9, 0.5, 0.1])."
+            ) from None
         if bool(steps) == bool(times):
             raise ConfigError(
                 "a MaskSchedule needs at least one refresh step, or with MaskSchedule.at_times at "
@@ -214,13 +222,15 @@ class MaskSchedule:
         if len(set(steps)) != len(steps) or len(set(times)) != len(times):
             raise ConfigError(f"a step or time is named twice in {steps or times!r}.")
         if self.steps is not None and (
-            not _is_count(self.steps) or (steps and max(steps) >= self.steps)
+            not steps or not _is_count(self.steps) or max(steps) >= operator.index(self.steps)
         ):
             raise ConfigError(
                 f"steps={self.steps!r} does not fit refresh_steps {steps!r}: indices run from 0 to "
-                "steps - 1."
+                "steps - 1, and a mask by time has no length."
             )
-        object.__setattr__(self, "refresh_steps", tuple(sorted(steps)))
+        object.__setattr__(
+            self, "refresh_steps", tuple(sorted(operator.index(step) for step in steps))
+        )
         object.__setattr__(self, "refresh_times", tuple(sorted(times, reverse=True)))
 
     @classmethod
@@ -228,7 +238,7 @@ class MaskSchedule:
         """Refreshes at the first step at or below each normalised time, whatever the number of
         steps.
         """
-        return cls(refresh_times=tuple(refresh_times))
+        return cls(refresh_times=refresh_times)  # type: ignore[arg-type]  # made a tuple there
 
     @property
     def needs_times(self) -> bool:

@@ -27,7 +27,6 @@ from torch import nn
 from skipcache import Backbone, BlockList, Timestep, Zipped, apply_skip_cache
 
 # Models this small lose more time between threads than in them.
-torch.set_num_threads(1)
 
 KINDS = ("dit", "latte", "hunyuan_dit", "pixart")
 LAYERS = 6
@@ -52,7 +51,9 @@ _ADALN_SINGLE: dict[str, Any] = {
 
 
 class CallingScheduler(DDIMScheduler):
-    """DDIM that calls ``after_step(steps made)`` between two steps, for pipelines without a callback."""
+    """DDIM that calls ``after_step(steps made)`` between two steps, for pipelines without a
+    callback.
+    """
 
     after_step: Callable[[int], None] | None = None
     steps_made = 0
@@ -149,7 +150,9 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def backbone_of(kind: str, layers: int = LAYERS) -> Backbone:
-    """What an adapter would say of that kind; written here, so that no installed adapter is needed."""
+    """What an adapter would say of that kind; written here, so that no installed adapter is
+    needed.
+    """
     if kind == "latte":
         both = (BlockList("transformer_blocks"), BlockList("temporal_transformer_blocks"))
         return Backbone("latte", (Zipped(both),))
@@ -225,7 +228,9 @@ def kind_of(pipe: Any) -> str:
 
 
 def inputs_of(kind: str, steps: int = STEPS, seed: int = 0, batch: int = 1, size: int = 8) -> dict:
-    """What to call the pipeline with: ``seed`` draws noise and prompt, ``size`` is that of the latents."""
+    """What to call the pipeline with: ``seed`` draws noise and prompt, ``size`` is that of the
+    latents.
+    """
     common = {"num_inference_steps": steps, "guidance_scale": 1.5}
     common["generator"] = torch.Generator().manual_seed(seed)
     if kind == "dit":
@@ -264,7 +269,9 @@ def sample(
     after_step: Callable[[int], None] | None = None,
     **changes: Any,
 ) -> torch.Tensor:
-    """One call of the pipeline; the latents it ended with. ``after_step`` is called inside its loop."""
+    """One call of the pipeline; the latents it ended with. ``after_step`` is called inside its
+    loop.
+    """
     kind = kind_of(pipe)
     shape = {name: changes.pop(name) for name in ("batch", "size") if name in changes}
     inputs = {**inputs_of(kind, steps, seed, **shape), **changes}
@@ -292,20 +299,24 @@ def sample(
         handle.remove()
         if after_step is not None and kind == "dit":
             del pipe.scheduler.after_step
-    # DiT's pipeline has no latent output: taken where they enter the decoder, before the clamp to 0..1.
+    # DiT's pipeline has no latent output: taken where they enter the decoder, before any clamp.
     latents = decoded[-1] if kind == "dit" else output
     assert torch.isfinite(latents).all()
     return latents
 
 
 def cached(kind: str, seed: int = 0, **options: Any) -> Any:
-    """A pipeline with the cache applied: interval 3 in an open window, and ``hold``, unless told otherwise."""
+    """A pipeline with the cache applied: interval 3 in an open window, and ``hold``, unless told
+    otherwise.
+    """
     pipe = build(kind, seed=seed)
     return apply_to(pipe, **options)
 
 
 def apply_to(pipe: Any, **options: Any) -> Any:
-    """``apply_skip_cache`` with the test-local backbone, an open window and ``hold`` as defaults."""
+    """``apply_skip_cache`` with the test-local backbone, an open window and ``hold`` as
+    defaults.
+    """
     if "schedule" not in options and "config" not in options:
         options = {"interval": 3, "window": ALWAYS_OPEN, **options}
     if "config" not in options:
@@ -319,7 +330,9 @@ def apply_to(pipe: Any, **options: Any) -> Any:
 def reference(
     kind: str, steps: int = STEPS, seed: int = 0, weights: int = 0, estimator: str | None = "hold"
 ) -> torch.Tensor:
-    """What a fresh pipeline gives, cached as by ``cached``; without a cache where the estimator is None."""
+    """What a fresh pipeline gives, cached as by ``cached``; without a cache where the estimator is
+    None.
+    """
     pipe = build(kind, seed=weights)
     if estimator is not None:
         apply_to(pipe, estimator=estimator)
@@ -355,7 +368,9 @@ def flux_call(seed: int = 0, batch: int = 1, time: float = 1.0) -> dict:
 
 @contextmanager
 def counted_layers(model: nn.Module) -> Iterator[Counter]:
-    """Counts, by real forward hooks, how often each block runs: keys are (list index, block index)."""
+    """Counts, by real forward hooks, how often each block runs: keys are (list index, block
+    index).
+    """
     counts: Counter = Counter()
 
     def counter(key):
@@ -376,8 +391,9 @@ def counted_layers(model: nn.Module) -> Iterator[Counter]:
 class Provenance:
     """Watches the layer where reuse resumes, and says whose deep feature each forward went on with.
 
-    With ``hold`` a reused deep feature equals, bit for bit, the one that its refresh stored. ``owner`` is set by
-    the test to whatever is running; ``foreign`` lists the reuses of a feature that another owner computed.
+    With ``hold`` a reused deep feature equals, bit for bit, the one that its refresh stored. The
+    test sets ``owner`` to whatever is running; ``foreign`` lists the reuses of a feature that
+    another owner computed.
     """
 
     def __init__(self, model: nn.Module, back_layers: int = 1) -> None:
@@ -385,7 +401,10 @@ class Provenance:
         self.reused = 0
         self.foreign: list[tuple[Any, Any]] = []
         self._seen: list[tuple[Any, torch.Tensor]] = []
-        block = list(block_lists(model)[0]._modules.values())[-back_layers]
+        lists = block_lists(model)
+        # Latte's two lists advance together, led by the first; Flux's follow each other.
+        last = lists[0] if hasattr(model, "temporal_transformer_blocks") else lists[-1]
+        block = list(last._modules.values())[-back_layers]
         block.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module, args, kwargs):

@@ -92,7 +92,9 @@ def test_backbone_needs_a_name(name):
 
 @pytest.mark.parametrize("lists", [(), None, BLOCKS, [BLOCKS], ("blocks",), (BLOCKS, None)])
 def test_backbone_needs_a_tuple_of_lists(lists):
-    """The lists of a backbone are a tuple of BlockList or Zipped, at least one, and the error says so."""
+    """The lists of a backbone are a tuple of BlockList or Zipped, at least one, and the error says
+    so.
+    """
     message = message_of(lambda: Backbone("toy", lists))
     assert "'toy'" in message
     assert "tuple of BlockList or Zipped" in message
@@ -116,7 +118,8 @@ def test_native_skip_goes_forward(skip):
 def test_descriptions_are_frozen_and_comparable():
     """Two equal descriptions are equal and hashable, and none can be changed."""
     first, second = (
-        Backbone("toy", (BlockList("a"), Zipped((BlockList("b"), BlockList("c"))))) for _ in range(2)
+        Backbone("toy", (BlockList("a"), Zipped((BlockList("b"), BlockList("c")))))
+        for _ in range(2)
     )
     assert first == second
     assert hash(first) == hash(second)

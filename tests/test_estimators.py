@@ -24,8 +24,6 @@ from skipcache import (
 from skipcache.errors import ConfigError
 from skipcache.estimators import estimator_named, extrapolation_weights
 
-torch.set_num_threads(1)  # models this small lose more time between threads than in them
-
 NAN = float("nan")
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 ALL = [Hold(), Residual(), Taylor(0), Taylor(1), Taylor(2), Taylor(3)]
@@ -151,7 +149,9 @@ def test_estimates_keep_dtype_and_shape(estimator, dtype):
 
 
 def test_residual_keeps_the_dtype_of_the_deep_feature():
-    """Where the stream is wider at the front than at the back, the estimate has the dtype of the back."""
+    """Where the stream is wider at the front than at the back, the estimate has the dtype of the
+    back.
+    """
     last = Refresh(0, NAN, (torch.ones(2, dtype=torch.float16),), (torch.zeros(2),))
     (guess,) = ask(Residual(), [last], 1, (torch.ones(2),))
     assert guess.dtype == torch.float16
@@ -171,7 +171,9 @@ def test_taylor_does_not_round_its_terms_to_half(order):
 @pytest.mark.parametrize("estimator", ALL, ids=repr)
 def test_none_passes(estimator):
     """A tensor that a model leaves out stays out, and its neighbour is estimated as ever."""
-    refreshes = [Refresh(r.step, NAN, (None, *r.deep), (None, *r.shallow)) for r in some_refreshes()]
+    refreshes = [
+        Refresh(r.step, NAN, (None, *r.deep), (None, *r.shallow)) for r in some_refreshes()
+    ]
     now = torch.randn(2, 3)
     absent, guess = ask(estimator, refreshes, 10, (None, now))
     assert absent is None
@@ -182,7 +184,9 @@ def test_none_passes(estimator):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 4])
 def test_estimates_never_alias_the_cache(estimator, dtype, count):
-    """Working in place on an estimate leaves every cached tensor, and the step's own feature, as it was."""
+    """Working in place on an estimate leaves every cached tensor, and the step's own feature, as it
+    was.
+    """
     refreshes = some_refreshes(count, dtype)
     now = torch.randn(2, 3).to(dtype)
     cached = [t for r in refreshes for t in (*r.deep, *r.shallow)] + [now]
@@ -205,7 +209,9 @@ def test_estimates_never_alias_the_cache(estimator, dtype, count):
     ],
 )
 def test_what_estimators_ask_to_be_kept(estimator, history, needs_shallow):
-    """Each estimator says how many refreshes it looks at and whether it needs the shallow feature."""
+    """Each estimator says how many refreshes it looks at and whether it needs the shallow
+    feature.
+    """
     assert isinstance(estimator, Estimator)
     assert estimator.history == history
     assert estimator.needs_shallow is needs_shallow
@@ -236,7 +242,12 @@ def test_estimators_by_name(name, expected):
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("hodl", "hold"), ("residuals", "residual"), ("tailor", "taylor"), ("taylor(-1)", "taylor(2)")],
+    [
+        ("hodl", "hold"),
+        ("residuals", "residual"),
+        ("tailor", "taylor"),
+        ("taylor(-1)", "taylor(2)"),
+    ],
 )
 def test_misspelt_estimator_suggests_the_nearest(name, nearest):
     """A misspelt name is a ConfigError that names it, the nearest one and all the others."""
@@ -262,11 +273,20 @@ FEATURE_BYTES = BATCH * TOKENS * WIDTH * 4  # [B, T, C] in float32
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(
     ("estimator", "features"),
-    [("hold", 1), ("residual", 2), ("taylor", 2), ("taylor(0)", 1), ("taylor(2)", 3), ("taylor(3)", 4)],
+    [
+        ("hold", 1),
+        ("residual", 2),
+        ("taylor", 2),
+        ("taylor(0)", 1),
+        ("taylor(2)", 3),
+        ("taylor(3)", 4),
+    ],
 )
 @pytest.mark.parametrize("is_planned", [True, False])
 def test_memory_is_as_stated(estimator, features, streams, is_planned):
-    """In a real run the cache holds just the number of features a stream that the estimator states."""
+    """In a real run the cache holds just the number of features a stream that the
+    estimator states.
+    """
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,

@@ -1,4 +1,6 @@
-"""Binding a description to a model, and the ports through which stand-ins read and write a block's call."""
+"""Binding a description to a model, and the ports through which stand-ins read and write a block's
+call.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,6 @@ from skipcache.errors import AdapterError, ConfigError
 from skipcache.runtime.blocklist import Ports
 from skipcache.runtime.layout import bind
 
-torch.set_num_threads(1)  # models this small lose more time between threads than in them
-
 WIDTH = 4
 
 
@@ -43,7 +43,9 @@ class Plain(nn.Module):
 
 
 class Joint(nn.Module):
-    """A block of two tensors, context first in what it returns (SD3, AuraFlow); the last may drop it."""
+    """A block of two tensors, context first in what it returns (SD3, AuraFlow); the last may drop
+    it.
+    """
 
     def __init__(self, context_pre_only: bool = False) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class LatteLike(nn.Module):
         self.temporal = nn.ModuleList(Plain() for _ in range(temporal))
 
     def forward(self, x, timestep=None):
-        for i, (spatial, temporal) in enumerate(zip(self.spatial, self.temporal)):
+        for i, (spatial, temporal) in enumerate(zip(self.spatial, self.temporal, strict=True)):
             x = spatial(x).transpose(0, 1)
             if i == 0:
                 x = x + 1.0  # a temporal embedding between the blocks
@@ -101,7 +103,9 @@ class LatteLike(nn.Module):
 
 
 class StableLike(nn.Module):
-    """SD3: everything by keyword, an attribute of the block read in the loop, no context from the last block."""
+    """SD3: everything by keyword, an attribute of the block read in the loop, no context from the
+    last block.
+    """
 
     def __init__(self, depth: int = 5) -> None:
         super().__init__()
@@ -149,7 +153,10 @@ LATTE = Backbone(
 STABLE = Backbone("stable_like", (BlockList("transformer_blocks", JOINT_TAKES, JOINT_RETURNS),))
 AURA = Backbone(
     "aura_like",
-    (BlockList("joint_blocks", JOINT_TAKES, JOINT_RETURNS), BlockList("single_blocks", ("x",), "x")),
+    (
+        BlockList("joint_blocks", JOINT_TAKES, JOINT_RETURNS),
+        BlockList("single_blocks", ("x",), "x"),
+    ),
 )
 
 
@@ -185,7 +192,9 @@ def replaced(name: str, value: object) -> nn.Module:
     ],
 )
 def test_bind_says_what_does_not_fit(backbone, model, parts):
-    """A description that is wrong about the model is an AdapterError naming adapter, model and place."""
+    """A description that is wrong about the model is an AdapterError naming adapter, model and
+    place.
+    """
     with pytest.raises(AdapterError) as caught:
         bind(backbone, model)
     for part in [repr(backbone.name), repr(type(model).__name__), *parts]:
@@ -224,7 +233,9 @@ def test_bind_counts_layers(backbone, model, depth, firsts):
     [(1, 1, True), (2, 2, True), (2, 1, True), (1, 2, False), (0, 1, False), (2, 3, False)],
 )
 def test_native_skips_stay_inside_what_runs(front, back, is_allowed):
-    """A native skip that starts inside the span and ends behind it is refused, with what to change."""
+    """A native skip that starts inside the span and ends behind it is refused, with what
+    to change.
+    """
     backbone = Backbone("u_shaped", (X,), native_skips=((0, 5), (1, 4), (2, 3)))
     bound = bind(backbone, OneList(6))
     if is_allowed:
@@ -237,7 +248,9 @@ def test_native_skips_stay_inside_what_runs(front, back, is_allowed):
 
 
 def test_residual_needs_one_form_of_feature():
-    """residual cannot compare a two-tensor feature with a concatenated one, and says what can be used."""
+    """residual cannot compare a two-tensor feature with a concatenated one, and says what can be
+    used.
+    """
     with pytest.raises(ConfigError, match="estimator='hold' or 'taylor'"):
         apply_skip_cache(AuraLike(), adapter=AURA, estimator="residual")
     apply_skip_cache(AuraLike(), adapter=AURA, estimator="residual", front_layers=3)
@@ -284,7 +297,9 @@ def test_ports_find_tensors_passed_in_any_way(takes, by_position):
 )
 @pytest.mark.parametrize("by_keyword", [True, False])
 def test_hand_through_has_the_shape_that_the_block_returns(returns, is_bare, expected, by_keyword):
-    """A skipped block gives its input, bare or as a tuple, in the returned order, None where None belongs."""
+    """A skipped block gives its input, bare or as a tuple, in the returned order, None where None
+    belongs.
+    """
     ports = Ports((("x", 0), ("c", 1)), returns, is_bare)
     if by_keyword:
         found = ports.hand_through((), {"c": "c", "temb": 0, "x": "x"})
@@ -324,7 +339,9 @@ def calls_of(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize(("name", "front", "back"), SPANS)
 def test_every_span_of_every_layout(name, front, back):
-    """A reuse of the same input gives the same bits, runs only front and back, and carries a change across them."""
+    """A reuse of the same input gives the same bits, runs only front and back, and carries a change
+    across them.
+    """
     torch.manual_seed(0)
     backbone, make = MODELS[name]
     model = make().eval()
@@ -356,7 +373,9 @@ def test_every_span_of_every_layout(name, front, back):
 
 @pytest.mark.parametrize("estimator", [Residual(), Taylor(1)], ids=repr)
 def test_estimates_of_two_tensors_at_once(estimator):
-    """Every flowing tensor is estimated, not only the first: a refresh on a line is continued by taylor."""
+    """Every flowing tensor is estimated, not only the first: a refresh on a line is continued by
+    taylor.
+    """
     torch.manual_seed(0)
     model = StableLike().eval()
     plain = copy.deepcopy(model)

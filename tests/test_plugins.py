@@ -1,4 +1,6 @@
-"""Adapters are found by entry point or registered, asked in order, and named when they are at fault."""
+"""Adapters are found by entry point or registered, asked in order, and named when they are at
+fault.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ def test_asking_for_a_broken_adapter_says_why_it_is_missing():
 
 
 def test_duplicate_entry_points_are_reported(modules):
-    """Of two entry points of one name the first is used, and the second reported with both origins."""
+    """Of two entry points of one name the first is used, and the second reported with
+    both origins.
+    """
     modules("first_adapter", skipcache_backbone=claiming("first"))
     modules("second_adapter", skipcache_backbone=claiming("second"))
     points = [
@@ -221,7 +225,9 @@ def test_duplicate_name_is_refused(registry):
     ],
 )
 def test_plugins_that_cannot_work_are_refused(registry, plugin, parts):
-    """A misspelt hook, a wrong signature or no hook at all is an AdapterError, and leaves no trace."""
+    """A misspelt hook, a wrong signature or no hook at all is an AdapterError, and leaves
+    no trace.
+    """
     registry.register(Claimer(), "other")
     with pytest.raises(AdapterError) as caught:
         registry.register(plugin, "bad")
@@ -241,7 +247,9 @@ def test_the_same_plugin_twice_is_refused(registry):
 
 
 def test_names_of_registered_plugins(registry, modules):
-    """Without a name a plugin is called after its module, class or function, without the packages."""
+    """Without a name a plugin is called after its module, class or function, without the
+    packages.
+    """
     module = types.ModuleType("some.package.my_adapter")
     module.skipcache_backbone = claiming("x")
     assert registry.register(module) == "my_adapter"
@@ -287,7 +295,9 @@ def test_nobody_claims_the_model(registry):
 
 
 def test_unknown_adapter_name_suggests_the_nearest(registry):
-    """Naming or unregistering an adapter that is not there lists those that are, the nearest first."""
+    """Naming or unregistering an adapter that is not there lists those that are, the
+    nearest first.
+    """
     registry.register(Claimer(), "hunyuan_dit")
     with pytest.raises(NoAdapterError, match="Did you mean 'hunyuan_dit'"):
         registry.backbone_of(Toy(), "hunyuan")
@@ -296,7 +306,9 @@ def test_unknown_adapter_name_suggests_the_nearest(registry):
 
 
 def test_a_raising_plugin_is_named():
-    """What a plugin raises arrives as an AdapterError with its name, origin, the model and the cause."""
+    """What a plugin raises arrives as an AdapterError with its name, origin, the model and the
+    cause.
+    """
     registry = AdapterRegistry()
     registry.register(Raiser(), "raiser", "raiserware 2.0")
     with pytest.raises(AdapterError) as caught:
@@ -309,7 +321,9 @@ def test_a_raising_plugin_is_named():
 
 @pytest.mark.parametrize("answer", ["transformer_blocks", True, {}, Backbone, 0])
 def test_a_nonsense_answer_is_named(answer):
-    """An answer that is no Backbone is an AdapterError with the plugin's name, origin and the answer."""
+    """An answer that is no Backbone is an AdapterError with the plugin's name, origin and the
+    answer.
+    """
     registry = AdapterRegistry()
     registry.register(Claimer(answer), "nonsense", "nonsenseware 1.0")
     with pytest.raises(AdapterError) as caught:
@@ -320,7 +334,9 @@ def test_a_nonsense_answer_is_named(answer):
 
 
 def test_register_and_unregister_adapter():
-    """A registered adapter serves apply_skip_cache by itself and by name, until it is taken out again."""
+    """A registered adapter serves apply_skip_cache by itself and by name, until it is taken out
+    again.
+    """
     model = Toy()
     with pytest.raises(NoAdapterError, match="'Toy'"):
         apply_skip_cache(model)
@@ -341,7 +357,9 @@ def test_register_and_unregister_adapter():
 
 
 def test_registered_adapter_goes_before_installed_ones():
-    """An adapter of one's own is asked before the installed ones, also for a model that they know."""
+    """An adapter of one's own is asked before the installed ones, also for a model that
+    they know.
+    """
 
     class DiT(Toy):
         x_embedder = final_layer = None
@@ -378,7 +396,9 @@ def test_adapter_given_as_object(adapter):
     ],
 )
 def test_adapter_that_cannot_be_used(adapter, message):
-    """An adapter= that is no adapter, or not this model's, is an AdapterError, and the model is as before."""
+    """An adapter= that is no adapter, or not this model's, is an AdapterError, and the model is as
+    before.
+    """
     model = Toy()
     with pytest.raises(AdapterError, match=message):
         apply_skip_cache(model, adapter=adapter)
@@ -405,7 +425,9 @@ def modules_of_adapters() -> list[Path]:
 
 @pytest.mark.parametrize("path", modules_of_adapters(), ids=lambda path: path.stem)
 def test_adapters_import_public_names_only(path):
-    """An adapter imports from skipcache itself, public names only, so anybody's adapter can do the same."""
+    """An adapter imports from skipcache itself, public names only, so anybody's adapter can do the
+    same.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             imported = [alias.name for alias in node.names]
@@ -431,7 +453,9 @@ def installed(tmp_path_factory) -> dict[str, str]:
 
 
 def run_with(environment: dict[str, str], code: str) -> object:
-    """Runs the code in a fresh process, warnings being errors, and reads the JSON that it prints."""
+    """Runs the code in a fresh process, warnings being errors, and reads the JSON that it
+    prints.
+    """
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -65,9 +66,11 @@ def literal_interval(
 
 
 def literal_mask(length: int, named: set[int], steps: int | None) -> tuple[bool, ...]:
-    """The words of MaskSchedule's docstring: by index, and never served from the cache to the end."""
+    """The words of MaskSchedule's docstring: by index, and never served from the cache to
+    the end.
+    """
     ran = sorted(named | {0})
-    longest_reuse = max((late - early - 1 for early, late in zip(ran, ran[1:])), default=0)
+    longest_reuse = max((late - early - 1 for early, late in pairwise(ran)), default=0)
     plan: list[bool] = []
     for index in range(length):
         refresh = index in named or index == 0
@@ -187,7 +190,9 @@ def test_mask_follows_its_docstring(length, named, more):
 @QUICK
 @given(masks)
 def test_mask_shorter_than_the_run_does_not_serve_the_rest_from_the_cache(named):
-    """A run longer than its mask ends in refreshes, with no stretch of reuse longer than the mask's own."""
+    """A run longer than its mask ends in refreshes, with no stretch of reuse longer than the mask's
+    own.
+    """
     plan = MaskSchedule(tuple(named)).plan([0.5] * 200)
     assert all(plan[2 * max(named) + 1 :])
     assert longest_reuse(plan) <= longest_reuse(plan[: max(named) + 1])
@@ -209,7 +214,9 @@ def test_mask_order_does_not_matter_and_times_do_not_either():
 
 @pytest.mark.parametrize("steps", [8, 20, 50, 137])
 def test_at_times_survives_another_step_count(steps):
-    """A mask by time refreshes once per named time, at the first step at or below it, for any step count."""
+    """A mask by time refreshes once per named time, at the first step at or below it, for any step
+    count.
+    """
     named = (0.9, 0.55, 0.3)
     times = [1.0 - index / steps for index in range(steps)]
     schedule = MaskSchedule.at_times(named)
@@ -228,7 +235,9 @@ def test_at_times_refreshes_where_time_is_unknown():
 @QUICK
 @given(falling_times, st.sets(unit_times, min_size=1, max_size=6))
 def test_at_times_literally(times, named):
-    """On a falling run, a mask by time refreshes at the first step and at each first one reaching a time."""
+    """On a falling run, a mask by time refreshes at the first step and at each first one reaching a
+    time.
+    """
     refreshed = {0}
     for time in named:
         reached = [index for index, t in enumerate(times) if t <= time]
@@ -262,7 +271,9 @@ def test_probe_limits_consecutive_reuse(longest):
 
 
 def test_probe_respects_its_window():
-    """Outside its window a probe schedule refreshes, and where the window matters an unknown time does too."""
+    """Outside its window a probe schedule refreshes, and where the window matters an unknown time
+    does too.
+    """
     schedule = ProbeSchedule(threshold=1.0, max_consecutive=9, start=0.8, stop=0.3)
     assert schedule.needs_times
     plan = walk(schedule, [0.9, 0.8, 0.7, 0.6, NAN, 0.3, 0.2])
@@ -276,7 +287,8 @@ def test_probe_cannot_plan_ahead():
 
 
 @pytest.mark.parametrize(
-    "schedule", [IntervalSchedule(), MaskSchedule((0,)), MaskSchedule.at_times((0.5,)), ProbeSchedule()]
+    "schedule",
+    [IntervalSchedule(), MaskSchedule((0,)), MaskSchedule.at_times((0.5,)), ProbeSchedule()],
 )
 def test_schedules_are_immutable_descriptions(schedule):
     """Schedules satisfy the protocol, are hashable, and cannot be changed after validation."""
@@ -287,7 +299,10 @@ def test_schedules_are_immutable_descriptions(schedule):
 
 
 BAD = [
-    *((lambda v=v: IntervalSchedule(v), repr(v), "at least 1") for v in (0, -1, 1.5, True, "2", None)),
+    *(
+        (lambda v=v: IntervalSchedule(v), repr(v), "at least 1")
+        for v in (0, -1, 1.5, True, "2", None)
+    ),
     *(
         (lambda v=v: IntervalSchedule(2, v, 0.0), f"start is {v!r}", "from 0 (clean) to 1")
         for v in (700, 1.5, -0.1, NAN, math.inf, True, "0.9", None)
@@ -329,8 +344,8 @@ BAD = [
         for v in (7.5, True, "7")
     ),
     # a lone number in place of a tuple
-    (lambda: MaskSchedule(3), "3", "refresh step"),
-    (lambda: MaskSchedule.at_times(0.5), "0.5", "refresh time"),
+    (lambda: MaskSchedule(3), "3", "Pass a list"),
+    (lambda: MaskSchedule.at_times(0.5), "0.5", "Pass a list"),
 ]
 
 

@@ -7,6 +7,7 @@ While ``train_dit.py`` still runs, its last checkpoint's moving average can be p
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -57,6 +58,10 @@ def main() -> None:
         id2label=dict(enumerate(data.CLASS_NAMES)),
     )
     pipeline.save_pretrained(args.to)
+    for config in args.to.glob("*/config.json"):
+        kept = json.loads(config.read_text())
+        kept.pop("_name_or_path", None)  # where it was trained says nothing
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     (args.to / "README.md").write_text(CARD)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file())
     print(f"{args.to}: {size / 1e6:.1f} MB")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from skipcache.backbone import Timestep
+from skipcache.errors import TargetError
+from skipcache.runtime.callers import Caller, calling_pipeline, has_timesteps
 from skipcache.runtime.store import MAX_STREAMS, Run
 from skipcache.runtime.taps import ContextTap, SchedulerTap
 
@@ -21,22 +23,35 @@ from skipcache.runtime.taps import ContextTap, SchedulerTap
 class PipelineLink:
     """A pipeline that calls the transformer, held weakly, and the tap on its present scheduler."""
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline: Callable[[], Any] = weakref.ref(pipeline)
+    def __init__(self, pipeline: Any, *, fresh: bool) -> None:
+        try:
+            self._pipeline: Callable[[], Any] = weakref.ref(pipeline)
+        except TypeError:
+            raise TargetError(
+                f"{type(pipeline).__qualname__!r} takes no weak references, so its scheduler "
+                "cannot be followed. Apply to its transformer, or add '__weakref__' to its slots."
+            ) from None
         self._tap: SchedulerTap | None = None
-        self.attach_tap(fresh=False)
+        self.attach_tap(fresh=fresh)
 
     @property
     def pipeline(self) -> Any:
         return self._pipeline()
 
+    @property
+    def tap(self) -> SchedulerTap | None:
+        return self._tap
+
     def attach_tap(self, *, fresh: bool) -> SchedulerTap | None:
-        """The tap on the pipeline's present scheduler; None where that has no timesteps."""
+        """The tap on the pipeline's present scheduler; None where that has no timesteps.
+
+        ``fresh``: the timesteps of a scheduler not tapped before are those of a run under way.
+        """
         scheduler = getattr(self.pipeline, "scheduler", None)
         if self._tap is not None and self._tap.scheduler is scheduler:
             return self._tap
         self.release()
-        if hasattr(scheduler, "timesteps") and hasattr(scheduler, "step"):
+        if has_timesteps(scheduler):
             self._tap = SchedulerTap.of(scheduler, fresh=fresh)
             self._tap.users += 1
         return self._tap
@@ -69,11 +84,12 @@ def _dead_link() -> PipelineLink:
 
 
 class SchedulerRun(Run):
-    """A run told by a scheduler's tap."""
+    """A run told by a scheduler's tap, of one call of a pipeline (or of a loop that is none)."""
 
-    def __init__(self, tap: SchedulerTap) -> None:
+    def __init__(self, tap: SchedulerTap, caller: Caller | None) -> None:
         super().__init__(tap.times[tap.begin :], is_planned=True)
         self.tap, self.run_id, self.begin = tap, tap.run_id, tap.begin
+        self.token = caller.token if caller is not None else None
 
     @property
     def is_over(self) -> bool:
@@ -102,6 +118,22 @@ class ExplicitRun(Run):
         super().__init__(times or (), is_planned=times is not None)
         self.streams_a_step = streams
         self.total_calls = 0
+        caller = calling_pipeline()
+        self.token = caller.token if caller is not None else None
+
+    def fail(self) -> None:
+        """The call is taken back: it may be made again, in the same place."""
+        self.drop()
+        self.total_calls -= 1
+        self.calls[self.last_name] -= 1
+
+
+class BareRun(Run):
+    """A run told by the timestep values of calls from one place."""
+
+    def __init__(self, time: float, token: tuple[int, int] | None) -> None:
+        super().__init__([time])
+        self.token = token
 
 
 class Clock:
@@ -123,23 +155,28 @@ class Clock:
 
     def _reset(self) -> None:
         self.explicit: list[ExplicitRun] = []
-        self._scheduled: list[SchedulerRun] = []  # unfinished ones, the innermost last
-        self._bare: Run | None = None
-        self._silent: tuple[SchedulerTap, int] | None = (
-            None  # a run in which somebody else does the sampling
-        )
+        self._scheduled: list[SchedulerRun] = []  # unfinished ones
+        self._bare: BareRun | None = None
+        # A run of a scheduler that never steps: somebody else does the sampling.
+        self._silent: tuple[SchedulerTap, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(
-            explicit=[], _scheduled=[], _bare=None, _silent=None
-        )  # a copy starts with no run
+        state.update(explicit=[], _scheduled=[], _bare=None, _silent=None)  # a copy has no run
         return state
 
-    def attach(self, pipeline: Any) -> None:
-        """Follows a pipeline's scheduler too; a pipeline already followed is not doubled."""
-        self.links = [link for link in self.links if link.pipeline not in (None, pipeline)]
-        self.links.append(PipelineLink(pipeline))
+    def attach(self, pipeline: Any, *, fresh: bool = False) -> PipelineLink:
+        """Follows a pipeline's scheduler too; one that is followed already is followed anew."""
+        attached = PipelineLink(pipeline, fresh=fresh)
+        self._detach(lambda link: link.pipeline in (None, pipeline))
+        self.links.append(attached)
+        return attached
+
+    def _detach(self, is_wanted: Callable[[PipelineLink], bool]) -> None:
+        for link in self.links:
+            if is_wanted(link):
+                link.release()
+        self.links = [link for link in self.links if not is_wanted(link)]
 
     def release(self) -> None:
         """Takes every tap out and lets go of what is cached."""
@@ -149,29 +186,28 @@ class Clock:
             run.drop()
         self._reset()
 
-    def forget(self, run: Run) -> None:
-        """Ends a run that an exception has stopped."""
-        run.drop()
-        self._scheduled = [other for other in self._scheduled if other is not run]
-        if self._bare is run:
-            self._bare = None
-
     def locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Any] | None:
-        """The run of the forward under way, moved to its step, and its stream; None when it cannot
-        be told.
-        """
+        """The run of the forward under way, moved to its step, and its stream; None if untold."""
         name = self.context.name if self.context is not None else None
-        if self.explicit:
+        caller = calling_pipeline()
+        token = caller.token if caller is not None else None
+        if self.explicit and self.explicit[-1].token == token:
             return self._locate_explicit(self.explicit[-1], name, args, kwargs)
-        scheduled = self._current_scheduled(args, kwargs)
-        if scheduled is not None:
+        if caller is not None:
+            candidates = self._runs_of_pipeline(caller)
+        else:
+            candidates = self._runs_of_loop(args, kwargs)
+        if len(candidates) > 1:
+            return None  # loops over several schedulers, and any of them may have made this call
+        for scheduled in candidates:
             scheduled.follow()
             key = scheduled.next_stream(name)
             if sum(scheduled.calls.values()) <= MAX_STREAMS:
                 return scheduled, key
             self._silent = (scheduled.tap, scheduled.run_id)
-            self.forget(scheduled)
-        return self._locate_bare(name, args, kwargs)
+            scheduled.drop()
+            self._scheduled.remove(scheduled)
+        return self._locate_bare(name, token, args, kwargs)
 
     def _locate_explicit(
         self, run: ExplicitRun, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,49 +221,62 @@ class Clock:
             run.times.append(math.nan if time is None else time)
         return run, index if name is None else key
 
-    def _current_scheduled(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> SchedulerRun | None:
-        for link in self.links:
-            tap = link.attach_tap(fresh=True)
-            if tap is None:
-                continue
-            tap.refresh_run()
-            is_known = any(
-                run.tap is tap and run.run_id == tap.run_id for run in self._scheduled
-            ) or self._silent == (tap, tap.run_id)
-            if not is_known and not tap.is_over:
-                self._scheduled.append(SchedulerRun(tap))
+    def _runs_of_pipeline(self, caller: Caller) -> list[SchedulerRun]:
+        """The run of that very call of that pipeline, which need not have been attached before."""
+        link = next((link for link in self.links if link.pipeline is caller.pipeline), None)
+        if link is None:
+            link = self.attach(caller.pipeline, fresh=True)
+        tap = link.attach_tap(fresh=True)
+        run = self._run_of_tap(tap, caller) if tap is not None else None
+        return [run] if run is not None else []
+
+    def _run_of_tap(self, tap: SchedulerTap, caller: Caller | None) -> SchedulerRun | None:
+        tap.refresh_run()
         self._drop_over()
-        if not self._scheduled:
+        token = caller.token if caller is not None else None
+        for run in self._scheduled:
+            if run.tap is tap and run.token == token:
+                return run
+        if tap.is_over or self._silent == (tap, tap.run_id):
             return None
-        # One pipeline inside another's loop, or a run given up: the time says whose call this is.
-        is_contested = len(self._scheduled) > 1
-        raw = self._read_raw(args, kwargs, sync=is_contested)
+        run = SchedulerRun(tap, caller)
+        self._scheduled.append(run)
+        return run
+
+    def _runs_of_loop(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[SchedulerRun]:
+        """For hand-written loops over followed schedulers: those whose next step this can be."""
+        taps = [link.attach_tap(fresh=True) for link in self.links]
+        runs = [run for tap in taps if tap is not None and (run := self._run_of_tap(tap, None))]
+        raw = self._read_raw(args, kwargs, sync=len(runs) > 1) if runs else None
         if raw is None or self.timestep is None:
-            return None if is_contested else self._scheduled[-1]
+            return runs
         value, is_half = raw
         time, tolerance = self.timestep.normalise(value), 1e-2 if is_half else 1e-4
-        matching = [run for run in self._scheduled if run.is_at(value, time, tolerance)]
-        return matching[0] if len(matching) == 1 else None
+        return [run for run in runs if run.is_at(value, time, tolerance)]
 
     def _drop_over(self) -> None:
+        taps = [link.tap for link in self.links]
+        kept = [r for r in self._scheduled if not r.is_over and any(r.tap is tap for tap in taps)]
         for run in self._scheduled:
-            if run.is_over:
+            if all(run is not other for other in kept):
                 run.drop()
-        self._scheduled = [run for run in self._scheduled if not run.is_over]
+        self._scheduled = kept
 
     def _locate_bare(
-        self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        name: str | None,
+        token: tuple[int, int] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Run, Any] | None:
         time = self._read_time(args, kwargs, sync=True)
         if time is None or not math.isfinite(time):
             return None
         run = self._bare
-        if run is None or time > run.times[-1]:
+        if run is None or run.token != token or time > run.times[-1]:
             if run is not None:
                 run.drop()
-            run = self._bare = Run([time])
+            run = self._bare = BareRun(time, token)
         elif time < run.times[-1]:
             run.times.append(time)
             run.advance(run.step + 1)

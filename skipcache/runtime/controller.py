@@ -33,7 +33,8 @@ class PreForwardHook:
 
     @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.controller.before(args, kwargs)
+        if not self.controller.is_inside_method:
+            self.controller.before(args, kwargs)
 
 
 class PostForwardHook:
@@ -44,7 +45,8 @@ class PostForwardHook:
 
     @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.controller.after(output)
+        if not self.controller.is_inside_method:
+            self.controller.after(output)
 
 
 class Controller:
@@ -77,12 +79,12 @@ class Controller:
         self.clock = Clock(bound.backbone.timestep, parameters, schedule.needs_times)
         self.last_run: Run | None = None
         self._current: tuple[Run, Stream] | None = None
-        self._depth_of_calls = 0
+        self.is_inside_method = False  # of a MethodTap, which stands for the hooks
         self._has_warned: set[str] = set()
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_run": None, "_current": None, "_depth_of_calls": 0}
+        return {**self.__dict__, "last_run": None, "_current": None, "is_inside_method": False}
 
     # Installing: nothing below may fail half-way, so everything that can fail was done in __init__.
 
@@ -117,10 +119,7 @@ class Controller:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decides what the forward under way does."""
-        self._depth_of_calls += 1
-        if self._depth_of_calls > 1:
-            return  # forward_with_cfg calling the module
-        self._current = None
+        self._end_forward(succeeded=False)  # one that Ctrl-C stopped ended without a word
         if torch.is_grad_enabled():
             self._warn_once(
                 "gradients are on, so nothing is cached and every layer runs. Sample under "
@@ -152,17 +151,18 @@ class Controller:
 
     def after(self, output: Any) -> None:
         """Files what the forward did; ``output`` is None when it raised."""
-        self._depth_of_calls -= 1
-        if self._depth_of_calls > 0 or self._current is None:
-            return
+        self._end_forward(succeeded=output is not None)
+
+    def _end_forward(self, *, succeeded: bool) -> None:
         for entry in self.bound.lists:
             entry.module._stand_ins = None  # type: ignore[assignment]
-        run, stream = self._current
-        self._current = None
-        if output is None:
-            self.clock.forget(run)
-        else:
-            self._file(run, stream)
+        if self._current is not None:
+            run, stream = self._current
+            self._current = None
+            if succeeded:
+                self._file(run, stream)
+            else:
+                run.fail()
         self.slot.clear()
 
     def stats(self) -> CacheStats:
@@ -222,6 +222,11 @@ class Controller:
         stream.record.append(is_refresh)
         if is_refresh:
             stream.last_refresh_step, stream.change = run.step, 0.0
+            if slot.keeps and slot.deep is None:
+                self._warn_once(
+                    "the forward ended without iterating over its block lists to the last layers, "
+                    "so nothing can be cached. Correct the adapter, or loop over the list itself."
+                )
             if slot.deep is not None and run.step < self._last_reuse(run):
                 refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
                 stream.keep(refresh, slot.entered)

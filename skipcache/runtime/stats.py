@@ -95,6 +95,7 @@ def stats_of(run: Run | None, depth: int, kept_layers: int) -> CacheStats:
     streams = {
         _name_of(key): StreamStats("".join("F" if r else "r" for r in s.record), depth, kept_layers)
         for key, s in run.streams.items()
+        if s.record
     }
     return CacheStats(streams, run.peak_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 
@@ -59,8 +60,10 @@ class Run:
         self.is_planned = is_planned  # all times are known
         self.plan: tuple[bool, ...] | None = None
         self.step = 0
-        self.calls: dict[Hashable, int] = {}  # calls in the current step, by pass name
+        self.calls: dict[str | None, int] = {}  # calls in the current step, by pass name
+        self.last_name: str | None = None
         self.streams: dict[Hashable, Stream] = {}
+        self.is_broken = False  # a call of this step raised: whose turn it is cannot be told
         self.peak_bytes = 0
 
     @property
@@ -72,15 +75,19 @@ class Run:
         if step != self.step:
             self.step = step
             self.calls = {}
+            self.is_broken = False
 
     def next_stream(self, name: str | None) -> Hashable:
         """The stream of the call under way: its name, or its place among this step's calls."""
         count = self.calls.get(name, 0)
         self.calls[name] = count + 1
+        self.last_name = name
         return count if name is None else name if count == 0 else (name, count)
 
     def stream(self, key: Hashable, history: int) -> Stream | None:
-        """The stream's cache; None once there are more streams than any guidance scheme has."""
+        """The stream's cache; None in a broken step, and past the passes of any guidance scheme."""
+        if self.is_broken:
+            return None
         if key not in self.streams:
             if len(self.streams) >= MAX_STREAMS:
                 return None
@@ -91,6 +98,11 @@ class Run:
         """Takes note of the bytes held now."""
         self.peak_bytes = max(self.peak_bytes, sum(s.cache_bytes for s in self.streams.values()))
 
+    def fail(self) -> None:
+        """After a call that raised: nothing is kept, and the rest of the step is left alone."""
+        self.drop()
+        self.is_broken = True
+
     def drop(self) -> None:
         """Lets go of every cached tensor; the record of what was done stays."""
         for stream in self.streams.values():
@@ -100,9 +112,12 @@ class Run:
 @outside_graphs
 def relative_change(previous: Tensors, current: Tensors) -> float:
     """mean|current - previous| / mean|previous| over all elements of all tensors; a host sync."""
-    difference, size = 0.0, 0.0
-    for before, now in zip(previous, current, strict=True):
-        if before is not None and now is not None:
-            difference += float((now - before).abs().sum(dtype=torch.float64))
-            size += float(before.abs().sum(dtype=torch.float64))
-    return difference / size if size > 0 else float("inf") if difference > 0 else 0.0
+    pairs = [
+        (before, now)
+        for before, now in zip(previous, current, strict=True)
+        if before is not None and now is not None
+    ]
+    difference = sum((now - before).abs().sum(dtype=torch.float64) for before, now in pairs)
+    size = sum(before.abs().sum(dtype=torch.float64) for before, _ in pairs)
+    change, scale = torch.stack([torch.as_tensor(difference), torch.as_tensor(size)]).tolist()
+    return float(change / scale) if scale > 0 else math.inf if change > 0 else 0.0

@@ -9,7 +9,6 @@ out.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,8 +132,11 @@ def normalised_times(timesteps: Sequence[float], train_timesteps: int) -> list[f
     Timesteps that are no such fractions (EDM's log-sigmas) are replaced by their rank, evenly from
     1 to 0.
     """
-    times = [value / train_timesteps for value in timesteps]
-    if not all(math.isfinite(time) and -1e-6 <= time <= 1.0 + 1e-3 for time in times):
+    highest = max(timesteps, default=0.0)
+    scale = 1 if highest <= 1.0 else train_timesteps
+    times = [value / scale for value in timesteps]
+    is_other_scale = 1.0 < highest < 0.01 * train_timesteps
+    if is_other_scale or not all(-1e-6 <= time <= 1.0 + 1e-3 for time in times):
         return [1.0 - index / len(times) for index in range(len(times))]
     times = [min(1.0, max(0.0, time)) for time in times]
     return [1.0 - time for time in times] if times and times[0] < times[-1] else times
@@ -176,8 +178,10 @@ class MethodTap:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = None
         self.controller.before(args, kwargs)
+        self.controller.is_inside_method = True
         try:
             output = getattr(type(self.transformer), self.method)(self.transformer, *args, **kwargs)
         finally:
+            self.controller.is_inside_method = False
             self.controller.after(output)
         return output

@@ -1,0 +1,117 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from skipcache import Hold, IntervalSchedule, cache_stats, skip_cache
+from skipcache.evaluation import benchmark, models
+from skipcache.evaluation.__main__ import main
+from skipcache.evaluation.metrics import psnr
+from skipcache.evaluation.timing import format_table, in_turns, speedups
+
+
+def test_psnr_of_a_hand_made_case():
+    """An error of 0.1 everywhere is 20 dB, whatever the shape."""
+    reference = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert psnr(reference + 0.1, reference) == pytest.approx(20.0, abs=1e-4)
+    assert psnr(reference * 255 + 25.5, reference * 255, peak=255) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_psnr_agrees_with_numpy():
+    """The value equals an independent computation in float64."""
+    a, b = (torch.rand(4, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    error = np.mean((a.numpy().astype(np.float64) - b.numpy().astype(np.float64)) ** 2)
+    assert psnr(a, b) == pytest.approx(10 * math.log10(1 / error))
+
+
+def test_psnr_of_equal_pictures_is_infinite():
+    """No error, no noise."""
+    assert psnr(torch.ones(3), torch.ones(3)) == math.inf
+
+
+def test_psnr_sees_errors_below_one_grey_level():
+    """An error that rounding to uint8 would hide still counts."""
+    reference = torch.full((16, 16), 0.5)
+    assert psnr(reference + 0.001, reference) == pytest.approx(60.0, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)),
+    ],
+)
+def test_psnr_refuses_what_it_cannot_compare(image, reference):
+    """Integers would wrap round, and shapes would broadcast: both are errors."""
+    with pytest.raises(ValueError, match="psnr"):
+        psnr(image, reference)
+
+
+def test_variants_run_in_turns():
+    """Every variant runs once a turn, the first turn is dropped, and the ratio is of medians."""
+    order = []
+    clock = {"slow": iter([9.0, 4.0, 2.0, 6.0]), "fast": iter([9.0, 2.0, 1.0, 3.0])}
+
+    def variant(name):
+        def run():
+            order.append(name)
+            return next(clock[name])
+
+        return run
+
+    seconds = in_turns({name: variant(name) for name in clock}, repeats=3)
+    assert order == ["slow", "fast"] * 4
+    assert seconds == {"slow": [4.0, 2.0, 6.0], "fast": [2.0, 1.0, 3.0]}
+    assert speedups(seconds, "slow") == {"slow": 1.0, "fast": 2.0}
+
+
+def test_table_is_markdown():
+    """Columns line up and the rule below the header is there."""
+    assert format_table(["a", "bb"], [["1", "2"], ["333", "4"]]).splitlines() == [
+        "| a   | bb |",
+        "| --- | -- |",
+        "| 1   | 2  |",
+        "| 333 | 4  |",
+    ]
+
+
+def test_static_schedule_adds_no_host_sync():
+    """A profile of a cached run counts exactly the host syncs of the uncached one."""
+    counts = benchmark.count_syncs(steps=6)
+    assert counts["uncached"] > 0
+    assert len(counts) == 4
+    assert len(set(counts.values())) == 1
+
+
+def test_memory_is_as_stated():
+    """The bytes measured on the stored tensors equal the features stated for each estimator."""
+    rows = [line.split("|") for line in benchmark.memory(steps=8).splitlines()[2:]]
+    assert len(rows) == 5
+    for row in rows:
+        assert int(row[3]) == int(row[4]) > 0
+
+
+def test_speedup_benchmark_counts_the_ideal(monkeypatch, capsys):
+    """The ideal is the ratio of layers; here on a tiny model in place of DiT-XL/2."""
+    monkeypatch.setattr(models, "dit_xl_2", lambda: models.tiny_dit(layers=28))
+    assert main(["speedup"]) == 0
+    table = capsys.readouterr().out
+    assert "1.867" in table  # 28 x 8 / (28 x 4 + 2 x 4)
+    assert "3.294" in table  # 28 x 8 / (28 x 2 + 2 x 6)
+
+
+def test_unknown_benchmark_is_refused(capsys):
+    """A misspelt name ends with the list of names, before anything runs."""
+    with pytest.raises(SystemExit):
+        main(["speed"])
+    assert "overhead, speedup, memory, syncs" in capsys.readouterr().err
+
+
+def test_run_steps_drives_one_run():
+    """The benchmark's own loop is one run of as many steps as asked."""
+    transformer = models.tiny_dit(layers=4)
+    with skip_cache(transformer, schedule=IntervalSchedule(2), estimator=Hold()):
+        benchmark.run_steps(transformer, models.sample_inputs(transformer), steps=6)
+        assert cache_stats(transformer).plan == "FrFrFr"
