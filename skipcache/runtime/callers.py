@@ -43,4 +43,4 @@ def calling_pipeline() -> Caller | None:
 
 def has_timesteps(scheduler: Any) -> bool:
     """Whether this is a scheduler whose steps can be followed."""
-    return hasattr(scheduler, "timesteps") and hasattr(scheduler, "step")
+    return all(hasattr(scheduler, name) for name in ("timesteps", "step", "__dict__"))

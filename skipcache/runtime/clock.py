@@ -134,6 +134,20 @@ class BareRun(Run):
     def __init__(self, time: float, token: tuple[int, int] | None) -> None:
         super().__init__([time])
         self.token = token
+        self.passes = 1
+
+    def next_step(self, time: float) -> None:
+        """Moves on. Where the number of unnamed calls changes, whose call was whose is not known.
+
+        So what they left is dropped: two calls at the first timestep may be two guidance passes, or
+        a single call and then the first one of another run. The next step refreshes, and tells.
+        """
+        passes = self.calls.get(None, 0)
+        if passes not in (0, self.passes):
+            self.drop()
+            self.passes = passes
+        self.times.append(time)
+        self.advance(self.step + 1)
 
 
 class Clock:
@@ -278,8 +292,7 @@ class Clock:
                 run.drop()
             run = self._bare = BareRun(time, token)
         elif time < run.times[-1]:
-            run.times.append(time)
-            run.advance(run.step + 1)
+            run.next_step(time)
         return run, run.next_stream(name)
 
     def _read_time(
