@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from skipcache import Hold, IntervalSchedule, cache_stats, skip_cache
-from skipcache.evaluation import benchmark, models
+from skipcache.evaluation import benchmark, models, quality
 from skipcache.evaluation.__main__ import main
 from skipcache.evaluation.metrics import psnr
 from skipcache.evaluation.timing import format_table, in_turns, speedups
@@ -106,7 +106,7 @@ def test_unknown_benchmark_is_refused(capsys):
     """A misspelt name ends with the list of names, before anything runs."""
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "overhead, speedup, memory, syncs" in capsys.readouterr().err
+    assert "overhead, speedup, memory, syncs, estimators" in capsys.readouterr().err
 
 
 def test_run_steps_drives_one_run():
@@ -115,3 +115,12 @@ def test_run_steps_drives_one_run():
     with skip_cache(transformer, schedule=IntervalSchedule(2), estimator=Hold()):
         benchmark.run_steps(transformer, models.sample_inputs(transformer), steps=6)
         assert cache_stats(transformer).plan == "FrFrFr"
+
+
+def test_estimators_are_compared_on_the_demo_model():
+    """One row for each number of steps and interval, one column for each estimator, all finite."""
+    lines = quality.estimators(seeds=2, steps=(6,), intervals=(2, 3)).splitlines()
+    assert len(lines) == 4
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[:3] == ["6", "2", "1.80"]
+    assert all(10 < float(cell.split(" ± ")[0]) < 90 for cell in cells[3:])

@@ -199,11 +199,3 @@ def syncs() -> str:
         ["12 DDIM steps", "host syncs in the profile", "more than uncached"],
         [[name, str(count), str(count - counts["uncached"])] for name, count in counts.items()],
     )
-
-
-BENCHMARKS: dict[str, Callable[[], str]] = {
-    "overhead": overhead,
-    "speedup": speedup,
-    "memory": memory,
-    "syncs": syncs,
-}
