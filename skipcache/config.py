@@ -27,8 +27,8 @@ class SkipCacheConfig:
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when, instead of ``interval`` and ``window``.
         estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an
-            ``Estimator``. Default: ``"hold"`` where the model has skip branches, else ``"taylor"``
-            (docs/explanation/defaults.md).
+            ``Estimator``. Default: ``"hold"`` where the model has skip branches, else
+            ``"taylor(2)"`` (docs/explanation/defaults.md).
 
     Raises:
         ConfigError: a value that cannot be, or ``schedule`` together with ``interval`` or
@@ -76,7 +76,7 @@ class SkipCacheConfig:
         """The estimator to use; the default depends on whether the model has skip branches."""
         estimator = self.estimator
         if estimator is None:
-            estimator = "hold" if has_branches else "taylor"
+            estimator = "hold" if has_branches else "taylor(2)"
         if isinstance(estimator, str):
             return estimator_named(estimator)
         if not isinstance(estimator, Estimator) or isinstance(estimator, type):
