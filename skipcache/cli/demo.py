@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--steps", type=_positive, default=50, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
-    parser.add_argument("--repeats", type=_positive, default=3, help="measured runs a method")
+    parser.add_argument("--repeats", type=_positive, default=5, help="measured runs a method")
     parser.set_defaults(run=run)
 
 

@@ -81,7 +81,7 @@ def run_demo(
     steps: int = 50,
     seed: int = 0,
     guidance_scale: float = 2.0,
-    repeats: int = 3,
+    repeats: int = 5,
     progress: Callable[[], object] | None = None,
     pipeline: DiTPipeline | None = None,
 ) -> DemoResult:

@@ -49,9 +49,7 @@ def _run_cached(
 
 
 def overhead(repeats: int = 15, steps: int = 100) -> str:
-    """What a cache costs that never reuses: microseconds a forward on a tiny 12-layer DiT, per cent
-    on the demo model.
-    """
+    """What a cache costs that never reuses, on a tiny DiT and on the demo model."""
     from skipcache.demo import load_pipeline
 
     tiny = models.tiny_dit()
@@ -193,7 +191,7 @@ def count_syncs(steps: int = 12) -> dict[str, int]:
 
 
 def syncs() -> str:
-    """The table of ``count_syncs``."""
+    """Host syncs of a pipeline run, uncached and cached."""
     counts = count_syncs()
     return format_table(
         ["12 DDIM steps", "host syncs in the profile", "more than uncached"],
