@@ -173,6 +173,7 @@ class Controller:
         slot = self.slot
         if run.plan is None and run.is_planned:
             run.plan = self.schedule.plan(run.times)
+            run.last_reuse = _last_reuse(run)
         step = run.step
         is_cached = bool(stream.refreshes)
         is_probing = self.schedule.needs_probe
@@ -187,7 +188,7 @@ class Controller:
             slot.is_reuse = False  # until the front has run
         else:
             slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream))
-        slot.keeps = run.plan is None or not all(run.plan)
+        slot.keeps = run.last_reuse >= 0
         slot.expected = stream.entered
         if is_probing:
             slot.probe = self._probe
@@ -227,20 +228,12 @@ class Controller:
                     "the forward ended without iterating over its block lists to the last layers, "
                     "so nothing can be cached. Correct the adapter, or loop over the list itself."
                 )
-            if slot.deep is not None and run.step < self._last_reuse(run):
+            if slot.deep is not None and run.step < run.last_reuse:
                 refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
                 stream.keep(refresh, slot.entered)
         run.measure()
-        if run.step >= self._last_reuse(run):
+        if run.step >= run.last_reuse:
             stream.drop()
-
-    def _last_reuse(self, run: Run) -> float:
-        """The last step that may reuse: nothing is kept after it."""
-        if not run.is_planned:
-            return math.inf
-        if run.plan is None:
-            return len(run.times) - 1
-        return max((i for i, is_refresh in enumerate(run.plan) if not is_refresh), default=-1)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._has_warned:
@@ -250,6 +243,13 @@ class Controller:
                 NotCachingWarning,
                 stacklevel=3,
             )
+
+
+def _last_reuse(run: Run) -> int:
+    """The last step of a run of known length that may reuse; -1 where none does."""
+    if run.plan is None:
+        return len(run.times) - 1
+    return max((i for i, is_refresh in enumerate(run.plan) if not is_refresh), default=-1)
 
 
 def _check_schedule(schedule: Schedule) -> None:

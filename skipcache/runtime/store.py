@@ -59,6 +59,7 @@ class Run:
         self.times: list[float] = list(times)
         self.is_planned = is_planned  # all times are known
         self.plan: tuple[bool, ...] | None = None
+        self.last_reuse: float = math.inf  # nothing is kept from this step on
         self.step = 0
         self.calls: dict[str | None, int] = {}  # calls in the current step, by pass name
         self.last_name: str | None = None
