@@ -4,6 +4,9 @@
 >>> apply_skip_cache(pipe)  # doctest: +SKIP
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from skipcache.api import (
     apply_skip_cache,
     cache_stats,
@@ -13,12 +16,25 @@ from skipcache.api import (
     skip_cache_run,
 )
 from skipcache.backbone import Backbone, BlockList, Timestep, Zipped
+from skipcache.branches.retrofit import (
+    add_skip_branches,
+    freeze_backbone,
+    remove_skip_branches,
+)
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import SkipCacheError, SkipCacheWarning
 from skipcache.estimators import Estimator, Hold, Refresh, Residual, Taylor
 from skipcache.hookspecs import hookimpl
 from skipcache.plugins import register_adapter, unregister_adapter
 from skipcache.schedules import IntervalSchedule, MaskSchedule, ProbeSchedule, Progress, Schedule
+
+if TYPE_CHECKING:
+    from skipcache.branches.module import SkipBranch, SkipBranches
+
+_MODULES = {  # imported when they are first asked for: they are torch modules
+    "SkipBranch": "skipcache.branches.module",
+    "SkipBranches": "skipcache.branches.module",
+}
 
 __version__ = "0.1.0"
 
@@ -34,19 +50,30 @@ __all__ = [
     "Refresh",
     "Residual",
     "Schedule",
+    "SkipBranch",
+    "SkipBranches",
     "SkipCacheConfig",
     "SkipCacheError",
     "SkipCacheWarning",
     "Taylor",
     "Timestep",
     "Zipped",
+    "add_skip_branches",
     "apply_skip_cache",
     "cache_stats",
+    "freeze_backbone",
     "hookimpl",
     "is_skip_cached",
     "register_adapter",
+    "remove_skip_branches",
     "remove_skip_cache",
     "skip_cache",
     "skip_cache_run",
     "unregister_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,26 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipcache.backbone import Backbone
 from skipcache.config import SkipCacheConfig
-from skipcache.errors import (
-    AdapterError,
-    ConfigError,
-    NotAppliedError,
-    TargetError,
-    UnknownOptionError,
-    did_you_mean,
-)
-from skipcache.plugins import AdapterRegistry, default_registry
+from skipcache.errors import ConfigError, NotAppliedError, UnknownOptionError, did_you_mean
+from skipcache.plugins import resolve_backbone
 from skipcache.schedules import Schedule
+from skipcache.targets import is_module, transformers_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from skipcache.estimators import Estimator
+    from skipcache.runtime.conductor import Conductor
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.stats import CacheStats
 
@@ -85,7 +80,7 @@ def apply_skip_cache(
         schedule=schedule,
         estimator=estimator,
     )
-    transformers = _transformers_of(target)
+    transformers = transformers_of(target)
     built = [
         (transformer, _build(transformer, config, adapter)) for transformer in transformers.values()
     ]
@@ -107,12 +102,13 @@ def remove_skip_cache(target: object) -> bool:
     from skipcache.runtime.controller import controller_of
 
     removed = False
-    for transformer in _transformers_of(target).values():
+    for transformer in transformers_of(target).values():
         controller = controller_of(transformer)
         if controller is not None:
-            if not _is_module(target):
+            if not is_module(target):
                 controller.clock.attach(target)  # so that its scheduler is left clean too
-            controller.uninstall(transformer)
+            replace_conductor(transformer, None)
+            conduct_branches(transformer, controller.bound.backbone)
             removed = True
     return removed
 
@@ -134,13 +130,13 @@ def skip_cache(target: Target, **options: Any) -> Iterator[Target]:
     """
     from skipcache.runtime.controller import controller_of
 
-    before = {id(t): controller_of(t) for t in _transformers_of(target).values()}
+    before = {id(t): controller_of(t) for t in transformers_of(target).values()}
     apply_skip_cache(target, **options)
     try:
         yield target
     finally:
         remove_skip_cache(target)
-        transformers = _transformers_of(target).values()
+        transformers = transformers_of(target).values()
         _install(target, [(t, c) for t in transformers if (c := before.get(id(t))) is not None])
 
 
@@ -152,7 +148,7 @@ def is_skip_cached(target: object) -> bool:
     """
     from skipcache.runtime.controller import controller_of
 
-    return all(controller_of(t) is not None for t in _transformers_of(target).values())
+    return all(controller_of(t) is not None for t in transformers_of(target).values())
 
 
 def cache_stats(target: object) -> CacheStats:
@@ -248,75 +244,20 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
     return dataclasses.replace(config, **given)
 
 
-def _transformers_of(target: object) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component name, or the bare one; unwrapped from
-    ``torch.compile``.
-    """
-    from torch import nn
-
-    if _is_module(target):
-        return {"transformer": _unwrap(target)}
-    components = getattr(target, "components", None)
-    names = (
-        list(components) if isinstance(components, dict) else list(getattr(target, "__dict__", ()))
-    )
-    found = {
-        name: _unwrap(module)
-        for name in names
-        if name.startswith("transformer")
-        and isinstance(module := getattr(target, name, None), nn.Module)
-    }
-    if not found:
-        has = f" It has: {', '.join(names)}." if names else ""
-        raise TargetError(
-            f"{type(target).__qualname__!r} is no torch module and has no component named "
-            f"'transformer'.{has} "
-            "Pass a diffusers pipeline with a transformer, or the transformer itself."
-        )
-    return found
-
-
-def _is_module(target: object) -> TypeGuard[nn.Module]:
-    from torch import nn
-
-    return isinstance(target, nn.Module)
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    while "_orig_mod" in module._modules:
-        inner = module._modules["_orig_mod"]
-        assert inner is not None
-        module = inner
-    return module
-
-
 def _build(
     transformer: nn.Module, config: SkipCacheConfig, adapter: str | Backbone | object | None
 ) -> Controller:
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.layout import bind
 
-    bound = bind(_backbone_of(transformer, adapter), transformer)
+    bound = bind(resolve_backbone(transformer, adapter), transformer)
     front_layers, back_layers = config.resolve_layers(bound.depth)
-    estimator = config.resolve_estimator(has_branches=bool(bound.backbone.native_skips))
-    return Controller(
+    estimator = config.resolve_estimator(has_branches=bound.has_working_branches)
+    controller = Controller(
         transformer, bound, front_layers, back_layers, config.resolve_schedule(), estimator
     )
-
-
-def _backbone_of(transformer: nn.Module, adapter: str | Backbone | object | None) -> Backbone:
-    if isinstance(adapter, Backbone):
-        return adapter
-    if adapter is None or isinstance(adapter, str):
-        return default_registry().backbone_of(transformer, adapter)
-    if not hasattr(adapter, "skipcache_backbone"):
-        raise AdapterError(
-            f"adapter is {adapter!r}. Pass the name of an adapter, a Backbone, or a plugin with "
-            "the hook "
-            "skipcache_backbone(transformer)."
-        )
-    own = AdapterRegistry()
-    return own.backbone_of(transformer, own.register(adapter))
+    controller.config = config
+    return controller
 
 
 def _install(target: object, built: Sequence[tuple[nn.Module, Controller]]) -> None:
@@ -329,23 +270,53 @@ def _install(target: object, built: Sequence[tuple[nn.Module, Controller]]) -> N
             links = before.clock.links if before is not None else []
             for pipeline in [link.pipeline for link in links if link.pipeline is not None]:
                 controller.clock.attach(pipeline)
-            if not _is_module(target):
+            if not is_module(target):
                 controller.clock.attach(target)
     except BaseException:
         for _, controller in built:
             controller.clock.release()
         raise
-    for (transformer, controller), before in zip(built, earlier, strict=True):
-        if before is not None:
-            before.uninstall(transformer)
-        controller.install(transformer)
+    for transformer, controller in built:
+        replace_conductor(transformer, controller)
+
+
+def replace_conductor(transformer: nn.Module, conductor: Conductor | None) -> None:
+    """Takes off what is installed on the transformer, and installs this. Cannot fail."""
+    from skipcache.runtime.conductor import conductor_of
+
+    before = conductor_of(transformer)
+    if before is not None:
+        before.uninstall(transformer)
+    if conductor is not None:
+        conductor.install(transformer)
+
+
+def conduct_branches(transformer: nn.Module, backbone: Backbone) -> None:
+    """Adapts what is installed to the skip branches that the transformer carries now.
+
+    Raises:
+        SkipCacheError: the branches, or an applied cache together with them, cannot be. Nothing was
+            changed then.
+    """
+    from skipcache.branches.module import attached_branches
+    from skipcache.runtime.conductor import Conductor
+    from skipcache.runtime.controller import controller_of
+    from skipcache.runtime.layout import bind
+
+    controller = controller_of(transformer)
+    if controller is not None:
+        _install(transformer, [(transformer, _build(transformer, controller.config, backbone))])
+    elif attached_branches(transformer) is None:
+        replace_conductor(transformer, None)
+    else:
+        replace_conductor(transformer, Conductor(bind(backbone, transformer)))
 
 
 def _applied(target: object) -> list[tuple[str, nn.Module, Controller]]:
     from skipcache.runtime.controller import controller_of
 
     found = []
-    for name, transformer in _transformers_of(target).items():
+    for name, transformer in transformers_of(target).items():
         controller = controller_of(transformer)
         if controller is None:
             raise NotAppliedError(

@@ -34,6 +34,14 @@ class NotAppliedError(SkipCacheError, RuntimeError):
     """The call needs a cache to be applied, and none is."""
 
 
+class BranchError(SkipCacheError, ValueError):
+    """Skip branches cannot be what they were asked to be, or do not fit the model."""
+
+
+class BranchFileError(BranchError):
+    """A file of weights is broken, unsafe, of an unknown kind or for another model."""
+
+
 class SkipCacheWarning(UserWarning):
     """Base of every warning given by skipcache."""
 
@@ -44,6 +52,10 @@ class PluginWarning(SkipCacheWarning):
 
 class NotCachingWarning(SkipCacheWarning):
     """A cache is applied, and for the stated reason nothing is reused."""
+
+
+class BranchWarning(SkipCacheWarning):
+    """Skip branches were loaded, and something about their files is worth knowing."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

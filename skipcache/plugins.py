@@ -230,3 +230,26 @@ def unregister_adapter(name: str) -> None:
         NoAdapterError: there is none of that name.
     """
     default_registry().unregister(name)
+
+
+def resolve_backbone(transformer: nn.Module, adapter: str | Backbone | object | None) -> Backbone:
+    """What is said of the transformer by the adapter asked for.
+
+    Args:
+        transformer: the model.
+        adapter: the name of an adapter, a ``Backbone``, or a plugin; None: whichever claims it.
+
+    Raises:
+        AdapterError: none claims it, or the answer is wrong.
+    """
+    if isinstance(adapter, Backbone):
+        return adapter
+    if adapter is None or isinstance(adapter, str):
+        return default_registry().backbone_of(transformer, adapter)
+    if not hasattr(adapter, "skipcache_backbone"):
+        raise AdapterError(
+            f"adapter is {adapter!r}. Pass the name of an adapter, a Backbone, or a plugin with "
+            "the hook skipcache_backbone(transformer)."
+        )
+    own = AdapterRegistry()
+    return own.backbone_of(transformer, own.register(adapter))

@@ -55,12 +55,24 @@ class Ports:
     def write(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], flow: Tensors
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for index, tensor in enumerate(flow):
+            args, kwargs = self.replace(args, kwargs, index, tensor)
+        return args, dict(kwargs)
+
+    def replace(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        index: int,
+        tensor: torch.Tensor | None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with one of the flowing tensors exchanged."""
         positional, named = list(args), dict(kwargs)
-        for (name, position), tensor in zip(self.takes, flow, strict=True):
-            if name not in named and position < len(positional):
-                positional[position] = tensor
-            else:
-                named[name] = tensor
+        name, position = self.takes[index]
+        if name not in named and position < len(positional):
+            positional[position] = tensor
+        else:
+            named[name] = tensor
         return tuple(positional), named
 
     def hand_through(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -83,31 +95,49 @@ class Slot:
     expected: FlowLayout = ()
     prepared: tuple[Tensors, ...] = ()
     probe: Callable[[Tensors], None] | None = None
+    witness: Callable[[Tensors], None] | None = None  # is told the true deep feature of a reuse
     shallow: Tensors | None = None
     deep: Tensors | None = None
     entered: FlowLayout = field(default=())
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the deep span does not run: on a reuse, unless somebody wants to see its
+        result.
+        """
+        return self.is_reuse and self.witness is None
 
     def clear(self) -> None:
         """Lets go of every tensor."""
         self.prepared, self.probe, self.shallow, self.deep = (), None, None, None
 
 
-class SpanBlock:
-    """Stands for a block of the deep span: runs it, or on a reuse hands its input through."""
+class StandIn:
+    """Stands for a block in the transformer's loop. ``block`` is the real one, or another stand-in
+    of it.
+    """
 
-    def __init__(self, block: nn.Module, ports: Ports, slot: Slot) -> None:
-        self.block, self.ports, self.slot = block, ports, slot
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.slot.is_reuse:
-            return self.ports.hand_through(args, kwargs)
-        return self.block(*args, **kwargs)
+    def __init__(self, block: Any, ports: Ports) -> None:
+        self.block, self.ports = block, ports
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their blocks in the loop (SD3: context_pre_only).
         if name.startswith("__") or "block" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.block, name)
+
+
+class SpanBlock(StandIn):
+    """Stands for a block of the deep span: runs it, or on a reuse hands its input through."""
+
+    def __init__(self, block: Any, ports: Ports, slot: Slot) -> None:
+        super().__init__(block, ports)
+        self.slot = slot
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.slot.leaves_out:
+            return self.ports.hand_through(args, kwargs)
+        return self.block(*args, **kwargs)
 
 
 class EntryBlock(SpanBlock):
@@ -123,7 +153,7 @@ class EntryBlock(SpanBlock):
             slot.is_reuse = False
         if slot.needs_shallow and (slot.is_reuse or slot.keeps):
             slot.shallow = copy_of(flow)
-        if slot.is_reuse:
+        if slot.leaves_out:
             return self.ports.hand_through(args, kwargs)
         return self.block(*args, **kwargs)
 
@@ -137,6 +167,8 @@ class ResumeBlock(SpanBlock):
         slot = self.slot
         if slot.is_reuse:
             deep = slot.estimator.estimate(slot.prepared, slot.shallow)
+            if slot.witness is not None:
+                slot.witness(self.ports.read(args, kwargs))
             args, kwargs = self.ports.write(args, kwargs, deep)
         elif slot.keeps:
             slot.deep = copy_of(self.ports.read(args, kwargs))
@@ -144,15 +176,20 @@ class ResumeBlock(SpanBlock):
 
 
 class SteppedBlockList(nn.ModuleList):
-    """The class that a cached transformer's block lists take on: an ``nn.ModuleList`` that can
-    iterate stand-ins.
+    """The class that a retrofitted or cached transformer's block lists take on: an
+    ``nn.ModuleList`` that can iterate stand-ins.
 
-    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a cached
-    forward so is iteration.
+    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a forward so
+    is iteration.
     """
 
     _stand_ins: tuple[Any, ...] | None = None
+    _taping: tuple[Any, Any] | None = None  # how to make stand-ins that a backward can run again
 
     def __iter__(self) -> Iterator[nn.Module]:
-        stand_ins = self._stand_ins
-        return super().__iter__() if stand_ins is None else iter(stand_ins)
+        if self._stand_ins is None:
+            return super().__iter__()
+        if self._taping is not None and not torch.compiler.is_compiling():
+            bound_list, branches = self._taping
+            return iter(branches.stand_ins(bound_list))
+        return iter(self._stand_ins)

@@ -15,41 +15,18 @@ from torch import nn
 
 from skipcache.errors import ConfigError, NotCachingWarning
 from skipcache.estimators import Estimator, Refresh, Tensors
-from skipcache.runtime.blocklist import Slot, SteppedBlockList, copy_of
+from skipcache.runtime.blocklist import Slot, copy_of
 from skipcache.runtime.clock import Clock
 from skipcache.runtime.compiled import outside_graphs
+from skipcache.runtime.conductor import Conductor, conductor_of
 from skipcache.runtime.layout import BoundBackbone
 from skipcache.runtime.stats import CacheStats, stats_of
 from skipcache.runtime.store import Run, Stream, relative_change
-from skipcache.runtime.taps import ContextTap, MethodTap
+from skipcache.runtime.taps import ContextTap
 from skipcache.schedules import Progress, Schedule
 
 
-class PreForwardHook:
-    """Forward pre-hook of the transformer; a module-level class: copies and pickles carry it."""
-
-    def __init__(self, controller: Controller) -> None:
-        self.controller = controller
-
-    @outside_graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.controller.is_inside_method:
-            self.controller.before(args, kwargs)
-
-
-class PostForwardHook:
-    """Forward hook of the transformer, also called when the forward raised."""
-
-    def __init__(self, controller: Controller) -> None:
-        self.controller = controller
-
-    @outside_graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.controller.is_inside_method:
-            self.controller.after(output)
-
-
-class Controller:
+class Controller(Conductor):
     """Everything that a cache adds to one transformer."""
 
     def __init__(
@@ -68,58 +45,39 @@ class Controller:
         """
         bound.check_layers(front_layers, back_layers, estimator.needs_shallow)
         _check_schedule(schedule)
-        self.bound, self.schedule, self.estimator = bound, schedule, estimator
+        super().__init__(bound)
+        self.schedule, self.estimator = schedule, estimator
+        self.config: Any = None  # what it was built from, to build it anew
         self.front_layers, self.back_layers = front_layers, back_layers
         self.slot = Slot(estimator, needs_shallow=estimator.needs_shallow)
-        resume_layer = bound.depth - back_layers
-        self.stand_ins = tuple(
-            entry.stand_ins(front_layers, resume_layer, self.slot) for entry in bound.lists
-        )
+        span = range(front_layers, bound.depth - back_layers)
+        self.stand_ins = bound.cached_stand_ins(span, self.slot)
         parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.clock = Clock(bound.backbone.timestep, parameters, schedule.needs_times)
         self.last_run: Run | None = None
         self._current: tuple[Run, Stream] | None = None
-        self.is_inside_method = False  # of a MethodTap, which stands for the hooks
         self._has_warned: set[str] = set()
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_run": None, "_current": None, "is_inside_method": False}
 
-    # Installing: nothing below may fail half-way, so everything that can fail was done in __init__.
-
     def install(self, transformer: nn.Module) -> None:
-        """Puts the hooks and taps in."""
-        for entry in self.bound.lists:
-            entry.module.__class__ = SteppedBlockList
-        self._handles = [
-            transformer.register_forward_pre_hook(PreForwardHook(self), with_kwargs=True),
-            transformer.register_forward_hook(PostForwardHook(self), always_call=True),
-        ]
+        super().install(transformer)
         if hasattr(type(transformer), "cache_context"):
             self.clock.context = ContextTap(transformer)
             transformer.__dict__["cache_context"] = self.clock.context
-        for method in self.bound.backbone.entry_points:
-            if hasattr(type(transformer), method):
-                transformer.__dict__[method] = MethodTap(transformer, method, self)
 
     def uninstall(self, transformer: nn.Module) -> None:
-        """Takes them out: the same objects as before, with the same attributes."""
         self.clock.release()
-        for handle in self._handles:
-            handle.remove()
-        for name in ("cache_context", *self.bound.backbone.entry_points):
-            if isinstance(transformer.__dict__.get(name), (ContextTap, MethodTap)):
-                del transformer.__dict__[name]
-        for entry in self.bound.lists:
-            entry.module.__dict__.pop("_stand_ins", None)
-            entry.module.__class__ = nn.ModuleList
+        if isinstance(transformer.__dict__.get("cache_context"), ContextTap):
+            del transformer.__dict__["cache_context"]
+        super().uninstall(transformer)
 
     # The two ends of a forward.
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decides what the forward under way does."""
         self._end_forward(succeeded=False)  # one that Ctrl-C stopped ended without a word
+        self.yield_branches()
         if torch.is_grad_enabled():
             self._warn_once(
                 "gradients are on, so nothing is cached and every layer runs. Sample under "
@@ -150,12 +108,10 @@ class Controller:
             entry.module._stand_ins = stand_ins  # type: ignore[assignment]
 
     def after(self, output: Any) -> None:
-        """Files what the forward did; ``output`` is None when it raised."""
         self._end_forward(succeeded=output is not None)
 
     def _end_forward(self, *, succeeded: bool) -> None:
-        for entry in self.bound.lists:
-            entry.module._stand_ins = None  # type: ignore[assignment]
+        self.yield_real_blocks()
         if self._current is not None:
             run, stream = self._current
             self._current = None
@@ -273,7 +229,5 @@ def _check_schedule(schedule: Schedule) -> None:
 
 def controller_of(transformer: nn.Module) -> Controller | None:
     """The controller that is installed on the transformer, if any."""
-    for hook in transformer._forward_pre_hooks.values():
-        if isinstance(hook, PreForwardHook):
-            return hook.controller
-    return None
+    found = conductor_of(transformer)
+    return found if isinstance(found, Controller) else None

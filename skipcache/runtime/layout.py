@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from skipcache.backbone import Backbone, BlockList, Zipped
+from skipcache.branches.module import attached_branches
 from skipcache.errors import AdapterError, ConfigError
 from skipcache.runtime.blocklist import (
     EntryBlock,
@@ -19,6 +20,7 @@ from skipcache.runtime.blocklist import (
     SpanBlock,
     SteppedBlockList,
 )
+from skipcache.runtime.skips import BoundBranches, bind_branches
 
 
 @dataclass(frozen=True)
@@ -40,55 +42,84 @@ class BoundList:
     first_layer: int
     is_leading: bool
 
-    def stand_ins(self, front_layers: int, resume_layer: int, slot: Slot) -> tuple[Any, ...]:
-        """What the list yields during a cached forward, one a block."""
-        return tuple(
-            self._stand_in(self.first_layer + i, block, ports, front_layers, resume_layer, slot)
-            for i, (block, ports) in enumerate(
-                zip(_real_blocks(self.module), self.ports, strict=True)
-            )
-        )
+    @property
+    def layers(self) -> range:
+        """The layers that its blocks belong to."""
+        return range(self.first_layer, self.first_layer + len(self.ports))
 
-    def _stand_in(
-        self,
-        layer: int,
-        block: nn.Module,
-        ports: Ports,
-        front_layers: int,
-        resume_layer: int,
-        slot: Slot,
-    ) -> Any:
-        if layer < front_layers or layer > resume_layer:
+    def entries(self) -> Iterator[tuple[int, nn.Module, Ports]]:
+        """Layer, real block and ports, one a block."""
+        return zip(self.layers, _real_blocks(self.module), self.ports, strict=True)
+
+    def cached_stand_in(self, layer: int, block: Any, ports: Ports, span: range, slot: Slot) -> Any:
+        """What stands for the block where a cache may leave the layers of ``span`` out."""
+        if layer < span.start or layer > span.stop:
             return block
-        if layer == resume_layer:
+        if layer == span.stop:
             return ResumeBlock(block, ports, slot) if self.is_leading else block
-        if layer == front_layers and self.is_leading:
+        if layer == span.start and self.is_leading:
             return EntryBlock(block, ports, slot)
         return SpanBlock(block, ports, slot)
 
 
 @dataclass(frozen=True)
 class BoundBackbone:
-    """A backbone whose every word was checked against one transformer. ``depth`` is its number of
-    layers, L.
+    """A backbone whose every word was checked against one transformer.
+
+    Attributes:
+        backbone: the adapter's word.
+        lists: the block lists found.
+        depth: number of layers, L.
+        branches: the skip branches that the transformer carries, if any.
     """
 
     backbone: Backbone
     lists: tuple[BoundList, ...]
     depth: int
+    branches: BoundBranches | None = None
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """(source, target) of every skip branch, native or attached."""
+        attached = self.branches.branches.pairs if self.branches is not None else ()
+        return (*self.backbone.native_skips, *attached)
+
+    @property
+    def has_working_branches(self) -> bool:
+        """Whether skip branches, native or attached, do anything yet."""
+        attached = self.branches is not None and self.branches.branches.changes_output
+        return attached or bool(self.backbone.native_skips)
+
+    def branch_stand_ins(self) -> tuple[tuple[Any, ...] | None, ...]:
+        """What each list yields while nothing is cached; None for the blocks themselves."""
+        if self.branches is None:
+            return (None,) * len(self.lists)
+        return tuple(self.branches.stand_ins(entry) for entry in self.lists)
+
+    def cached_stand_ins(self, span: range, slot: Slot) -> tuple[tuple[Any, ...], ...]:
+        """What each list yields where a cache may leave the layers of ``span`` out."""
+        return tuple(self._cached_stand_ins(entry, span, slot) for entry in self.lists)
+
+    def _cached_stand_ins(self, entry: BoundList, span: range, slot: Slot) -> tuple[Any, ...]:
+        def between(layer: int, block: Any, ports: Ports) -> Any:
+            return entry.cached_stand_in(layer, block, ports, span, slot)
+
+        if self.branches is not None:
+            return self.branches.stand_ins(entry, between)
+        return tuple(between(*item) for item in entry.entries())
 
     def check_layers(self, front_layers: int, back_layers: int, needs_shallow: bool) -> None:
         """Refuses a deep span that this model or estimator cannot leave out.
 
         Raises:
-            ConfigError: a native skip would start inside the span and end behind it, or the
-                estimator compares shallow and deep features that are not of one form.
+            ConfigError: a skip would start inside the span and end behind it, or the estimator
+                compares shallow and deep features that are not of one form.
         """
         resume = self.depth - back_layers
-        for source, target in self.backbone.native_skips:
+        for source, target in self.skips:
             if front_layers <= source < resume <= target:
                 raise ConfigError(
-                    f"back_layers={back_layers} with front_layers={front_layers}: the native skip "
+                    f"back_layers={back_layers} with front_layers={front_layers}: the skip branch "
                     f"of layer {target} of "
                     f"{self.backbone.name!r} starts at layer {source}, which a reuse step leaves "
                     "out. "
@@ -109,9 +140,10 @@ class BoundBackbone:
 
 
 def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
-    """Finds and checks everything that the backbone names.
+    """Finds and checks everything that the backbone names, and the branches that the model carries.
 
     Raises:
+        BranchError: branches that do not fit the layers.
         AdapterError: a path that is not there or no ``nn.ModuleList``, an empty list, zipped lists
             of different lengths, a parameter that a block's forward does not have, a native skip
             past the last layer.
@@ -137,7 +169,13 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
                 transformer,
                 f"native skip ({source}, {target}) ends past the last of {layer} layers",
             )
-    return BoundBackbone(backbone, tuple(lists), layer)
+    attached = attached_branches(transformer)
+    branches = (
+        bind_branches(attached, tuple(lists), layer, backbone.name)
+        if attached is not None
+        else None
+    )
+    return BoundBackbone(backbone, tuple(lists), layer, branches)
 
 
 def _real_blocks(module: nn.ModuleList) -> Iterator[nn.Module]:

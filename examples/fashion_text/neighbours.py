@@ -1,0 +1,11 @@
+"""Puts neighbouring recipes on the path: ``data`` and ``train_dit`` of ``../fashion_dit``, and,
+for ``../fashion_video``, ``render``, ``text_modules`` and ``training`` of this one.
+"""
+
+import sys
+from pathlib import Path
+
+_EXAMPLES = Path(__file__).resolve().parents[1]
+for _name in ("fashion_text", "fashion_dit"):
+    if str(_EXAMPLES / _name) not in sys.path:
+        sys.path.append(str(_EXAMPLES / _name))

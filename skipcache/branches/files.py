@@ -1,0 +1,387 @@
+"""Files of skip-branch weights: ``skip_branches.safetensors``, ``skip_branches.json`` and a model
+card.
+
+What is read is checked before anything is built: JSON keys, tensor names, shapes and dtypes
+against one another, then every value. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from skipcache.branches.fingerprint import Fingerprint, fingerprint_of
+from skipcache.branches.module import SkipBranches
+from skipcache.errors import BranchError, BranchFileError, BranchWarning
+
+WEIGHTS_FILE = "skip_branches.safetensors"
+RECORD_FILE = "skip_branches.json"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+
+_REQUIRED = ("format_version", "kind", "settings")
+_OPTIONAL = ("base_model", "made_by", "quality", "skipcache_version")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The transformer that weights belong to.
+
+    Attributes:
+        name: of its class.
+        fingerprint: of its weights.
+    """
+
+    name: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class BranchRecord:
+    """What ``skip_branches.json`` says.
+
+    Attributes:
+        kind: ``"branches"`` (skip branches) or ``"fitted"`` (a closed-form fit).
+        settings: what the weights are built by; depends on the kind.
+        base_model: None where it was not given.
+        made_by: how they were made, one sentence for people.
+        quality: measured figures, by name.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    base_model: BaseModel | None = None
+    made_by: str | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+def base_model_of(transformer: nn.Module) -> BaseModel:
+    """Class and fingerprint of a transformer."""
+    return BaseModel(type(transformer).__name__, fingerprint_of(transformer))
+
+
+def check_base_model(record: BranchRecord, transformer: nn.Module) -> None:
+    """Refuses a model of another class, and warns of one with other weights.
+
+    Raises:
+        BranchFileError: the class differs.
+    """
+    expected = record.base_model
+    if expected is None:
+        return
+    found = base_model_of(transformer)
+    if expected.name != found.name:
+        raise BranchFileError(
+            f"these weights are for a {expected.name!r}, and this is a {found.name!r}. Load the "
+            "ones made for this model."
+        )
+    difference = expected.fingerprint.difference(found.fingerprint)
+    if difference is not None:
+        warnings.warn(
+            f"these weights were made for another {expected.name!r}: {difference}. Quality may "
+            "suffer; make or fit them for this model.",
+            BranchWarning,
+            stacklevel=2,
+        )
+
+
+# Skip branches
+
+
+def save_branches(
+    branches: SkipBranches,
+    folder: Path,
+    *,
+    base_model: nn.Module | None,
+    made_by: str | None,
+    quality: dict[str, Any] | None,
+) -> Path:
+    """Writes skip branches; see ``SkipBranches.save_pretrained``."""
+    earlier = branches.record or BranchRecord("branches", {})
+    record = BranchRecord(
+        "branches",
+        {
+            "form": branches.form,
+            "rank": branches.rank,
+            "pairs": [list(pair) for pair in branches.pairs],
+            "dim": branches.dim,
+            "depth": branches.depth,
+            "tensor": branches.tensor,
+        },
+        earlier.base_model if base_model is None else base_model_of(base_model),
+        earlier.made_by if made_by is None else made_by,
+        dict(earlier.quality if quality is None else quality),
+    )
+    return write_folder(folder, record, branches.state_dict())
+
+
+def load_branches(
+    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> SkipBranches:
+    """Reads skip branches; see ``SkipBranches.from_pretrained``."""
+    folder = find_folder(source, revision=revision, local_files_only=local_files_only)
+    record = read_record(folder, "branches")
+    settings = dict(record.settings)
+    names = {"form", "rank", "pairs", "dim", "depth", "tensor"}
+    check_keys(folder / RECORD_FILE, settings, required=names - {"tensor"}, optional={"tensor"})
+    shape = {name: settings.pop(name) for name in ("dim", "depth", "pairs")}
+    try:
+        with torch.device("meta"):
+            branches = SkipBranches(**shape, **settings)
+    except (BranchError, TypeError, RuntimeError) as error:
+        raise BranchFileError(f"{folder / RECORD_FILE} describes no branches: {error}") from error
+    expected = {name: tensor.shape for name, tensor in branches.state_dict().items()}
+    branches.load_state_dict(read_tensors(folder / WEIGHTS_FILE, expected), assign=True)
+    branches.requires_grad_(True)
+    branches.record = record
+    return branches
+
+
+# The folder
+
+
+def write_folder(folder: Path, record: BranchRecord, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Writes the three files; one that is there already is replaced whole or not at all.
+
+    Raises:
+        BranchFileError: a weight is not finite, or the folder cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BranchFileError(f"{name!r} has values that are not finite; nothing was written.")
+    version = importlib.metadata.version("skipcache")
+    text = {"format_version": FORMAT_VERSION, "skipcache_version": version, **asdict(record)}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+        os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
+        (folder / CARD_FILE).write_text(_card(record), encoding="utf-8")
+        (folder / RECORD_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BranchFileError(f"{folder} cannot be written: {error}") from error
+    return folder
+
+
+def find_folder(
+    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The local folder of the files: the one named, or the hub cache's after a download.
+
+    Raises:
+        BranchFileError: there is no such folder, and no such repository can be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not isinstance(source, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise BranchFileError(
+            f"there is no folder {str(source)!r}, and it is no hub id such as 'user/name' either."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        paths = [
+            hf_hub_download(source, name, revision=revision, local_files_only=local_files_only)
+            for name in (RECORD_FILE, WEIGHTS_FILE)
+        ]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise BranchFileError(
+            f"there is no folder {source!r}, and from the hub it cannot be had: {error}"
+        ) from error
+    return Path(paths[0]).parent
+
+
+def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
+    """Reads and checks ``skip_branches.json``.
+
+    Raises:
+        BranchFileError: it is missing, no such JSON, of a newer version or of another kind.
+    """
+    path = folder / RECORD_FILE
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BranchFileError(f"{path} cannot be read: {error}") from error
+    if not isinstance(text, dict):
+        raise BranchFileError(f"{path} holds {type(text).__name__}, not an object.")
+    version = text.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BranchFileError(
+            f"{path} has format version {version}, and this skipcache reads up to "
+            f"{FORMAT_VERSION}. Upgrade skipcache."
+        )
+    check_keys(path, text, required=_REQUIRED, optional=_OPTIONAL)
+    if version != FORMAT_VERSION or not isinstance(text["settings"], dict):
+        raise BranchFileError(
+            f"{path}: format_version is {version!r} and settings {text['settings']!r}. They are "
+            f"{FORMAT_VERSION} and an object."
+        )
+    if kind is not None and text["kind"] != kind:
+        advice = {
+            "branches": "pass it to add_skip_branches",
+            "fitted": "pass it to apply_skip_cache(..., branches=...)",
+        }
+        raise BranchFileError(
+            f"{path} is of kind {text['kind']!r}, and {kind!r} is asked for here: "
+            f"{advice.get(str(text['kind']), 'this skipcache does not know it')}."
+        )
+    return BranchRecord(
+        text["kind"],
+        text["settings"],
+        _base_model(path, text.get("base_model")),
+        text.get("made_by"),
+        text.get("quality") or {},
+    )
+
+
+def _base_model(path: Path, text: Any) -> BaseModel | None:
+    if text is None:
+        return None
+    try:
+        prints = text["fingerprint"]
+        samples = tuple(float(value) for value in prints["samples"])
+        return BaseModel(str(text["name"]), Fingerprint(str(prints["structure"]), samples))
+    except (TypeError, KeyError, ValueError) as error:
+        raise BranchFileError(f"{path}: base_model is malformed: {text!r}") from error
+
+
+def check_keys(
+    path: Path, found: Mapping[str, Any], *, required: Iterable[str], optional: Iterable[str]
+) -> None:
+    """Raises on a missing key and warns of one that is not known.
+
+    Raises:
+        BranchFileError: keys are missing.
+    """
+    missing = sorted(set(required) - found.keys())
+    if missing:
+        raise BranchFileError(f"{path} lacks {', '.join(missing)}.")
+    unknown = sorted(found.keys() - {*required, *optional})
+    if unknown:
+        warnings.warn(
+            f"{path}: {', '.join(unknown)} not known to this skipcache, and left aside.",
+            BranchWarning,
+            stacklevel=3,
+        )
+
+
+def read_tensors(path: Path, expected: Mapping[str, Iterable[int]]) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file that must hold exactly these tensors.
+
+    Args:
+        path: the file.
+        expected: shape of each, by name.
+
+    Raises:
+        BranchFileError: it is missing, truncated or corrupt, has other names, shapes or dtypes, or
+            values that are not finite.
+    """
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as stored:
+            names = set(stored.keys())
+            if names != expected.keys():
+                raise BranchFileError(
+                    f"{path} does not fit its {RECORD_FILE}: missing "
+                    f"{sorted(expected.keys() - names)}, extra {sorted(names - expected.keys())}."
+                )
+            for name, shape in expected.items():
+                found = tuple(stored.get_slice(name).get_shape())
+                if found != tuple(shape):
+                    raise BranchFileError(
+                        f"{path}: {name!r} has shape {found}, and {RECORD_FILE} asks for "
+                        f"{tuple(shape)}."
+                    )
+            for name in expected:
+                tensors[name] = stored.get_tensor(name)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise BranchFileError(f"{path} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise BranchFileError(
+                f"{path}: {name!r} is not made of finite floating-point numbers ({tensor.dtype})."
+            )
+    return tensors
+
+
+def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) -> str:
+    """Uploads what ``save`` writes into a folder; the address of the commit.
+
+    Raises:
+        BranchFileError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        hub = HfApi()
+        try:
+            name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            done = hub.upload_folder(
+                repo_id=name, folder_path=folder, commit_message="Upload skip branches"
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise BranchFileError(f"{repo_id!r} could not be uploaded: {error}") from error
+    return str(done.commit_url)
+
+
+_USE = {
+    "branches": "add_skip_branches(pipe, {here!r})\napply_skip_cache(pipe)",
+    "fitted": "apply_skip_cache(pipe, branches={here!r})",
+}
+
+
+def _card(record: BranchRecord) -> str:
+    base = record.base_model.name if record.base_model is not None else "a diffusion transformer"
+    imports = "apply_skip_cache"
+    if record.kind == "branches":
+        imports = f"add_skip_branches, {imports}"
+    rows = [
+        f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in record.settings.items()
+    ]
+    quality = [f"| {_cell(key)} | {_cell(value)} |" for key, value in record.quality.items()]
+    lines = [
+        "---",
+        "library_name: skipcache",
+        "tags: [skipcache, skip-dit, diffusion]",
+        "---",
+        f"# Skip branches for {_cell(base)}",
+        "",
+        "Weights for [skipcache](https://arxiv.org/abs/2411.17616): long skip connections that let "
+        "a diffusion transformer reuse deep features between denoising steps.",
+        "",
+        *([f"Made by: {_cell(record.made_by)}", ""] if record.made_by else []),
+        "```python",
+        f"from skipcache import {imports}",
+        "",
+        _USE.get(record.kind, "").format(here="path/or/hub-id"),
+        "```",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *rows,
+    ]
+    if quality:
+        lines += ["", "| measured | value |", "|---|---|", *quality]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")

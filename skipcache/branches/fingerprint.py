@@ -1,0 +1,68 @@
+"""Tells whether weights were made for this very model: a few of its weights, and the names and
+shapes of all.
+
+Robust against a change of dtype: rounding to half precision moves a sample by a thousandth, another
+model by its whole size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from skipcache.branches.module import ATTRIBUTE
+
+SAMPLES = 64
+TOLERANCE = 0.02  # relative distance of the samples; bf16 rounding makes 0.002
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of one model's weights.
+
+    Attributes:
+        structure: SHA-256 of names and shapes, LoRA and skip branches left out.
+        samples: weights at fixed places, one or more a tensor; empty where they cannot be read
+            (quantised, on the meta device).
+    """
+
+    structure: str
+    samples: tuple[float, ...]
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What tells the two apart, in words; None when nothing does."""
+        if self.structure != other.structure:
+            return "its parameters have other names or shapes"
+        if not self.samples or not other.samples:
+            return None
+        distance = math.dist(self.samples, other.samples)
+        relative = distance / max(math.hypot(*self.samples), 1e-30)
+        if relative > TOLERANCE:
+            return f"its weights differ by {relative:.0%} where they were sampled"
+        return None
+
+
+def fingerprint_of(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a transformer's own weights, without its skip branches and LoRA layers."""
+    named = sorted(_own_parameters(model))
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+    readable = [p for _, p in named if p.is_floating_point() and not p.is_meta and p.numel()]
+    if not readable or len(readable) < len(named):
+        return Fingerprint(digest.hexdigest(), ())
+    picked = [readable[i * len(readable) // SAMPLES] for i in range(SAMPLES)]
+    with torch.no_grad():
+        values = [p.reshape(-1)[(i * 7919) % p.numel()].float().cpu() for i, p in enumerate(picked)]
+    return Fingerprint(digest.hexdigest(), tuple(float(v) for v in torch.stack(values).tolist()))
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{ATTRIBUTE}.") and "lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
