@@ -29,11 +29,15 @@ from skipcache.plugins import register_adapter, unregister_adapter
 from skipcache.schedules import IntervalSchedule, MaskSchedule, ProbeSchedule, Progress, Schedule
 
 if TYPE_CHECKING:
+    from skipcache.branches.fit import fit_skip_branches
+    from skipcache.branches.fitted import FittedBranches
     from skipcache.branches.module import SkipBranch, SkipBranches
 
-_MODULES = {  # imported when they are first asked for: they are torch modules
+_MODULES = {  # imported when they are first asked for: they need torch
+    "FittedBranches": "skipcache.branches.fitted",
     "SkipBranch": "skipcache.branches.module",
     "SkipBranches": "skipcache.branches.module",
+    "fit_skip_branches": "skipcache.branches.fit",
 }
 
 __version__ = "0.1.0"
@@ -42,6 +46,7 @@ __all__ = [
     "Backbone",
     "BlockList",
     "Estimator",
+    "FittedBranches",
     "Hold",
     "IntervalSchedule",
     "MaskSchedule",
@@ -61,6 +66,7 @@ __all__ = [
     "add_skip_branches",
     "apply_skip_cache",
     "cache_stats",
+    "fit_skip_branches",
     "freeze_backbone",
     "hookimpl",
     "is_skip_cached",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipcache.backbone import Backbone
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from skipcache.branches.fitted import FittedBranches
     from skipcache.estimators import Estimator
     from skipcache.runtime.conductor import Conductor
     from skipcache.runtime.controller import Controller
@@ -37,6 +39,7 @@ def apply_skip_cache(
     back_layers: int | None = None,
     schedule: Schedule | None = None,
     estimator: str | Estimator | None = None,
+    branches: FittedBranches | str | Path | None = None,
     adapter: str | Backbone | object | None = None,
     config: SkipCacheConfig | None = None,
     **unknown: object,
@@ -56,6 +59,8 @@ def apply_skip_cache(
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when to refresh, instead of ``interval`` and ``window``.
         estimator: what a reuse step takes for the deep feature; see ``SkipCacheConfig``.
+        branches: fitted branches as the estimator: what ``fit_skip_branches`` returned, its folder
+            or a hub id. Front and back layers are then those that it was fitted for.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
             claims the model.
         config: a ``SkipCacheConfig``; options given beside it take precedence over its fields.
@@ -64,13 +69,19 @@ def apply_skip_cache(
         ``target`` itself.
 
     Raises:
-        ConfigError: a value that cannot be, or a deep span without layers.
+        ConfigError: a value that cannot be, a deep span without layers, or branches together with
+            an estimator or for another deep span.
+        BranchFileError: branches that cannot be read, or are for another class of model.
         UnknownOptionError: an option that does not exist.
         TargetError: the target has no transformer.
         AdapterError: no adapter claims the model (``NoAdapterError``), or the adapter is wrong
             about it.
     """
     _refuse_unknown(unknown)
+    if branches is not None:
+        estimator, front_layers, back_layers = _fitted(
+            branches, estimator, front_layers, back_layers
+        )
     config = _merge(
         config,
         interval=interval,
@@ -223,11 +234,29 @@ def _times(
     return times
 
 
+def _fitted(
+    branches: FittedBranches | str | Path,
+    estimator: str | Estimator | None,
+    front_layers: int | None,
+    back_layers: int | None,
+) -> tuple[FittedBranches, int, int]:
+    from skipcache.branches.fitted import fit_from
+
+    if estimator is not None:
+        raise ConfigError("branches and estimator both say what to reuse. Pass one of them.")
+    fit = fit_from(branches)
+    return (
+        fit,
+        fit.front_layers if front_layers is None else front_layers,
+        fit.back_layers if back_layers is None else back_layers,
+    )
+
+
 def _refuse_unknown(unknown: dict[str, object]) -> None:
     for name in unknown:
         raise UnknownOptionError(
             f"apply_skip_cache has no option {name!r}. "
-            f"{did_you_mean(name, [*_OPTIONS, 'adapter', 'config'])}"
+            f"{did_you_mean(name, [*_OPTIONS, 'branches', 'adapter', 'config'])}"
         )
 
 
@@ -247,12 +276,15 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
 def _build(
     transformer: nn.Module, config: SkipCacheConfig, adapter: str | Backbone | object | None
 ) -> Controller:
+    from skipcache.branches.fitted import FittedBranches
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.layout import bind
 
     bound = bind(resolve_backbone(transformer, adapter), transformer)
     front_layers, back_layers = config.resolve_layers(bound.depth)
     estimator = config.resolve_estimator(has_branches=bound.has_working_branches)
+    if isinstance(estimator, FittedBranches):
+        estimator.check_for(transformer, front_layers, back_layers)
     controller = Controller(
         transformer, bound, front_layers, back_layers, config.resolve_schedule(), estimator
     )

@@ -1,0 +1,336 @@
+"""Fitted branches: linear corrections of the deep feature's extrapolation, and their files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipcache.branches.files import (
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    BranchRecord,
+    base_model_of,
+    check_base_model,
+    check_keys,
+    find_folder,
+    push_folder,
+    read_record,
+    read_tensors,
+    write_folder,
+)
+from skipcache.errors import BranchError, BranchFileError, ConfigError
+from skipcache.estimators import Refresh, Taylor, Tensors, extrapolation_weights
+
+HISTORY = 3
+FARTHEST = 1.5  # a distance is served by one that is at most so many times nearer or farther
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where one matrix applies, and what it was worth on held-out trajectories.
+
+    Attributes:
+        distance: normalised time since the last refresh.
+        bucket: index of the time bucket, 0 = noise.
+        refreshes: number of refreshes looked at, 1 to 3.
+        samples: tokens it was fitted on.
+        error_before: relative squared error of the plain extrapolation: 1 is that of ``hold``.
+        error_after: that of the fit.
+    """
+
+    distance: float
+    bucket: int
+    refreshes: int
+    samples: int
+    error_before: float
+    error_after: float
+
+    @property
+    def r2_before(self) -> float:
+        """Share of the change since the refresh that the plain extrapolation explains."""
+        return 1.0 - self.error_before
+
+    @property
+    def r2_after(self) -> float:
+        """Share of the change since the refresh that the fit explains."""
+        return 1.0 - self.error_after
+
+
+@dataclass(frozen=True)
+class FittedBranches:
+    """The deep feature extrapolated (``taylor(2)``), corrected by a matrix: an ``Estimator``.
+
+    With f the shallow and d the deep feature, e = d - f at the refreshes, and f', d' their
+    extrapolation to this step, the estimate is ``d' + [f - f' ; e ; its first and second
+    differences ; 1] W``, with one W per distance to the refresh, bucket of time and number of
+    refreshes cached. Where none is near enough it is ``d'``. Only the first of several flowing
+    tensors is corrected.
+
+    Attributes:
+        dim: width C of the first flowing tensor, which is [..., C].
+        front_layers: of the cache that it was fitted for.
+        back_layers: likewise.
+        cells: where each matrix applies.
+        matrices: one a cell: (W [G, D, C/G],), or (down [G, D, r], up [G, r, C/G]); G channel
+            groups, D = (1 + refreshes) C / G + 1.
+        time_buckets: number of buckets that normalised time is divided into.
+        record: what its file says of base model, making and quality.
+    """
+
+    dim: int
+    front_layers: int
+    back_layers: int
+    cells: tuple[Cell, ...]
+    matrices: tuple[tuple[torch.Tensor, ...], ...] = field(repr=False)
+    time_buckets: int = 1
+    record: BranchRecord | None = field(default=None, repr=False)
+    _moved: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    history = HISTORY
+    needs_shallow = True
+
+    # As an estimator.
+
+    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
+        base = Taylor(HISTORY - 1).prepare(refreshes, step, time)[0]
+        cell = self.cell_at(len(refreshes), refreshes[-1].time - time, time)
+        deep = base[0]
+        if cell is None or deep is None or deep.shape[-1] != self.dim:
+            return base, (None,)
+        expected, known = known_inputs(refreshes, step)
+        weight, *up = (self._on(cell, part, deep) for part in range(len(self.matrices[cell])))
+        groups, width = len(weight), self.dim // len(weight)
+        grouped = [part.float().unflatten(-1, (groups, width)) for part in (-expected, *known)]
+        total = weight[:, -1].unsqueeze(-2)  # [G, 1, .]: the constant
+        for place, part in enumerate(grouped):
+            rows = weight[:, place * width : (place + 1) * width]
+            total = total + part.flatten(0, -3).transpose(0, 1) @ rows
+        parts = (weight[:, :width].to(deep.dtype), *(part.to(deep.dtype) for part in up))
+        constant = total
+        for matrix in up:
+            constant = constant @ matrix
+        moved = constant.transpose(0, 1).reshape(deep.shape)
+        return ((deep.float() + moved).to(deep.dtype), *base[1:]), parts
+
+    def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
+        base, parts = prepared
+        if parts[0] is None:
+            return base
+        assert shallow is not None
+        now, deep = shallow[0], base[0]
+        assert now is not None
+        assert deep is not None
+        groups, width = parts[0].shape[:2]
+        moved = now.reshape(-1, groups, width).transpose(0, 1)
+        for matrix in parts:
+            assert matrix is not None
+            moved = moved @ matrix
+        return deep + moved.transpose(0, 1).reshape(deep.shape), *base[1:]
+
+    def cell_at(self, refreshes: int, distance: float, time: float) -> int | None:
+        """Index of the cell that serves this distance and time, if any."""
+        if not (distance > 0 and math.isfinite(time)):
+            return None
+        bucket = bucket_of(time, self.time_buckets)
+        near = [
+            (abs(math.log(cell.distance / distance)), index)
+            for index, cell in enumerate(self.cells)
+            if cell.refreshes == refreshes and cell.bucket == bucket
+        ]
+        gap, index = min(near, default=(math.inf, -1))
+        return index if gap <= math.log(FARTHEST) else None
+
+    def _on(self, cell: int, part: int, like: torch.Tensor) -> torch.Tensor:
+        key = (cell, part, like.device)
+        if key not in self._moved:
+            self._moved[key] = self.matrices[cell][part].to(like.device, torch.float32)
+        return self._moved[key]
+
+    # As something that belongs to a model.
+
+    def check_for(self, transformer: nn.Module, front_layers: int, back_layers: int) -> None:
+        """Refuses a model or a deep span that it was not fitted for, and warns of other weights.
+
+        Raises:
+            BranchError: another class of model.
+            ConfigError: other front or back layers.
+        """
+        if (front_layers, back_layers) != (self.front_layers, self.back_layers):
+            raise ConfigError(
+                f"front_layers={front_layers} and back_layers={back_layers}, but these branches "
+                f"were fitted with {self.front_layers} and {self.back_layers}. Use those, or fit "
+                "anew."
+            )
+        if self.record is not None:
+            check_base_model(self.record, transformer)
+
+    def save_pretrained(self, folder: str | Path, *, quality: dict[str, Any] | None = None) -> Path:
+        """Writes ``skip_branches.safetensors``, ``skip_branches.json`` and a model card.
+
+        Args:
+            folder: created if need be.
+            quality: measured figures, by name.
+
+        Returns:
+            The folder.
+
+        Raises:
+            BranchFileError: the folder cannot be written.
+        """
+        settings = {
+            "dim": self.dim,
+            "front_layers": self.front_layers,
+            "back_layers": self.back_layers,
+            "time_buckets": self.time_buckets,
+            "groups": len(self.matrices[0][0]) if self.matrices else 1,
+            "ranks": [m[0].shape[2] if len(m) == 2 else None for m in self.matrices],
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+        earlier = self.record or BranchRecord("fitted", {})
+        record = BranchRecord(
+            "fitted",
+            settings,
+            earlier.base_model,
+            earlier.made_by,
+            dict(earlier.quality if quality is None else quality),
+        )
+        return write_folder(Path(folder), record, self._named())
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    ) -> FittedBranches:
+        """Reads a fit from a folder, or from a repository on the Hugging Face hub.
+
+        Args:
+            source: folder, or hub id such as ``"user/my-fit"``.
+            revision: of the repository.
+            local_files_only: take the repository from the local hub cache only.
+
+        Raises:
+            BranchFileError: no such folder or repository, a truncated or corrupt file, missing or
+                extra tensors, a newer format version, weights that are not finite.
+        """
+        folder = find_folder(source, revision=revision, local_files_only=local_files_only)
+        record = read_record(folder, "fitted")
+        path, settings = folder / RECORD_FILE, record.settings
+        names = ("dim", "front_layers", "back_layers", "time_buckets", "groups", "ranks", "cells")
+        check_keys(path, settings, required=names, optional=())
+        try:
+            cells = tuple(Cell(**cell) for cell in settings["cells"])
+            shapes = _shapes(cells, settings["ranks"], settings["dim"], settings["groups"])
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise BranchFileError(f"{path} describes no fit: {error}") from error
+        stored = read_tensors(folder / WEIGHTS_FILE, shapes)
+        matrices = tuple(
+            tuple(stored[name] for name in _names(index, rank is not None))
+            for index, rank in enumerate(settings["ranks"])
+        )
+        sizes = (settings["dim"], settings["front_layers"], settings["back_layers"])
+        return cls(*sizes, cells, matrices, settings["time_buckets"], record)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
+        """Uploads what ``save_pretrained`` writes.
+
+        Args:
+            repo_id: hub id; the repository is created if need be.
+            private: of a new repository.
+
+        Returns:
+            The address of the commit.
+        """
+        return push_folder(self.save_pretrained, repo_id, private)
+
+    def _named(self) -> Mapping[str, torch.Tensor]:
+        return {
+            name: part
+            for index, parts in enumerate(self.matrices)
+            for name, part in zip(_names(index, len(parts) == 2), parts, strict=True)
+        }
+
+
+def known_inputs(
+    refreshes: Sequence[Refresh], step: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The shallow feature extrapolated to ``step``, and e with its differences, scaled to ``step``;
+    [..., C] each.
+    """
+    shallow = [refresh.shallow[0] for refresh in refreshes if refresh.shallow is not None]
+    deep = [refresh.deep[0] for refresh in refreshes]
+    steps = [refresh.step for refresh in refreshes]
+    residuals, features = [], []
+    for f, d in zip(shallow, deep, strict=True):
+        assert f is not None
+        assert d is not None
+        features.append(f.float())
+        residuals.append(d.float() - f.float())
+    expected = _extrapolated(features, steps, step)
+    orders = [
+        _extrapolated(residuals[-count:], steps[-count:], step)
+        for count in range(1, len(residuals) + 1)
+    ]
+    known = [now - before for before, now in pairwise(orders)]
+    return expected, [orders[0], *known]
+
+
+def _extrapolated(points: Sequence[torch.Tensor], steps: Sequence[int], step: int) -> torch.Tensor:
+    total = torch.zeros_like(points[0])
+    for weight, point in zip(extrapolation_weights(steps, step), points, strict=True):
+        total.add_(point, alpha=weight)
+    return total
+
+
+def bucket_of(time: float, time_buckets: int) -> int:
+    """Index of the bucket of a normalised time; 0 = noise."""
+    return min(time_buckets - 1, max(0, int((1.0 - time) * time_buckets)))
+
+
+def fit_from(source: object) -> FittedBranches:
+    """What ``apply_skip_cache(branches=...)`` was given, as a fit.
+
+    Raises:
+        BranchError: it is neither a fit nor a folder or hub id.
+        BranchFileError: the files cannot be read.
+    """
+    if isinstance(source, FittedBranches):
+        return source
+    if isinstance(source, (str, Path)):
+        return FittedBranches.from_pretrained(source)
+    raise BranchError(
+        f"branches is {source!r}. Pass what fit_skip_branches returned, its folder or a hub id; "
+        "trained SkipBranches are attached with add_skip_branches."
+    )
+
+
+def with_base_model(fit: FittedBranches, transformer: nn.Module, made_by: str) -> FittedBranches:
+    """The same fit, marked as that transformer's."""
+    return replace(fit, record=BranchRecord("fitted", {}, base_model_of(transformer), made_by))
+
+
+def _names(index: int, is_factored: bool) -> tuple[str, ...]:
+    leaves = ("down", "up") if is_factored else ("weight",)
+    return tuple(f"cells.{index}.{leaf}" for leaf in leaves)
+
+
+def _shapes(
+    cells: Sequence[Cell], ranks: Sequence[int | None], dim: int, groups: int
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = dim // groups
+    for index, (cell, rank) in enumerate(zip(cells, ranks, strict=True)):
+        inputs = (1 + cell.refreshes) * width + 1
+        if not cell.distance > 0 or not 1 <= cell.refreshes <= HISTORY:
+            raise ValueError(f"cell {cell} cannot be")
+        if rank is None:
+            shapes[f"cells.{index}.weight"] = (groups, inputs, width)
+        else:
+            shapes[f"cells.{index}.down"] = (groups, inputs, rank)
+            shapes[f"cells.{index}.up"] = (groups, rank, width)
+    return shapes
