@@ -15,7 +15,7 @@ from skipcache.api import (
     skip_cache,
     skip_cache_run,
 )
-from skipcache.backbone import Backbone, BlockList, Timestep, Zipped
+from skipcache.backbone import Backbone, BlockList, InputSize, Timestep, Zipped
 from skipcache.branches.retrofit import (
     add_skip_branches,
     freeze_backbone,
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from skipcache.branches.fit import fit_skip_branches
     from skipcache.branches.fitted import FittedBranches
     from skipcache.branches.module import SkipBranch, SkipBranches
+    from skipcache.branches.official import convert_skip_dit, load_skip_dit
 
 _MODULES = {  # imported when they are first asked for: they need torch
     "FittedBranches": "skipcache.branches.fitted",
     "SkipBranch": "skipcache.branches.module",
     "SkipBranches": "skipcache.branches.module",
+    "convert_skip_dit": "skipcache.branches.official",
     "fit_skip_branches": "skipcache.branches.fit",
+    "load_skip_dit": "skipcache.branches.official",
 }
 
 __version__ = "0.1.0"
@@ -48,6 +51,7 @@ __all__ = [
     "Estimator",
     "FittedBranches",
     "Hold",
+    "InputSize",
     "IntervalSchedule",
     "MaskSchedule",
     "ProbeSchedule",
@@ -66,10 +70,12 @@ __all__ = [
     "add_skip_branches",
     "apply_skip_cache",
     "cache_stats",
+    "convert_skip_dit",
     "fit_skip_branches",
     "freeze_backbone",
     "hookimpl",
     "is_skip_cached",
+    "load_skip_dit",
     "register_adapter",
     "remove_skip_branches",
     "remove_skip_cache",

@@ -39,6 +39,7 @@ def apply_skip_cache(
     back_layers: int | None = None,
     schedule: Schedule | None = None,
     estimator: str | Estimator | None = None,
+    preset: str | None = None,
     branches: FittedBranches | str | Path | None = None,
     adapter: str | Backbone | object | None = None,
     config: SkipCacheConfig | None = None,
@@ -59,6 +60,8 @@ def apply_skip_cache(
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when to refresh, instead of ``interval`` and ``window``.
         estimator: what a reuse step takes for the deep feature; see ``SkipCacheConfig``.
+        preset: name of settings for what is not given otherwise, such as ``"skip-dit/latte-t2v"``;
+            default: see ``SkipCacheConfig``.
         branches: fitted branches as the estimator: what ``fit_skip_branches`` returned, its folder
             or a hub id. Front and back layers are then those that it was fitted for.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
@@ -69,8 +72,8 @@ def apply_skip_cache(
         ``target`` itself.
 
     Raises:
-        ConfigError: a value that cannot be, a deep span without layers, or branches together with
-            an estimator or for another deep span.
+        ConfigError: a value that cannot be, a preset that does not exist, a deep span without
+            layers, or branches together with an estimator or for another deep span.
         BranchFileError: branches that cannot be read, or are for another class of model.
         UnknownOptionError: an option that does not exist.
         TargetError: the target has no transformer.
@@ -90,6 +93,7 @@ def apply_skip_cache(
         back_layers=back_layers,
         schedule=schedule,
         estimator=estimator,
+        preset=preset,
     )
     transformers = transformers_of(target)
     built = [
@@ -171,7 +175,7 @@ def cache_stats(target: object) -> CacheStats:
     Returns:
         ``.refreshed`` and ``.reused`` steps, ``.layers_run`` of ``.layers_total``,
         ``.compute_fraction``, ``.cache_bytes`` (the peak), ``.plan`` like ``"FrrFrr"``; per stream
-        in ``.streams``. Empty before a run.
+        in ``.streams``. Empty before a run, but for ``.preset``.
 
     Raises:
         NotAppliedError: no cache is applied.
@@ -281,14 +285,16 @@ def _build(
     from skipcache.runtime.layout import bind
 
     bound = bind(resolve_backbone(transformer, adapter), transformer)
-    front_layers, back_layers = config.resolve_layers(bound.depth)
-    estimator = config.resolve_estimator(has_branches=bound.has_working_branches)
+    own_preset = bound.backbone.preset if bound.has_working_branches else None
+    used = config.resolve_preset(own_preset, bound.depth)
+    front_layers, back_layers = used.resolve_layers(bound.depth)
+    estimator = used.resolve_estimator(has_branches=bound.has_working_branches)
     if isinstance(estimator, FittedBranches):
         estimator.check_for(transformer, front_layers, back_layers)
     controller = Controller(
-        transformer, bound, front_layers, back_layers, config.resolve_schedule(), estimator
+        transformer, bound, front_layers, back_layers, used.resolve_schedule(), estimator
     )
-    controller.config = config
+    controller.config, controller.preset = config, used.preset
     return controller
 
 

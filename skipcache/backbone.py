@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from skipcache.errors import AdapterError
+from skipcache.errors import AdapterError, ConfigError
+from skipcache.presets import preset_named
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,22 @@ class BlockList:
         returns: what a block returns: one name (a bare tensor) or a tuple of them in the returned
             order. Names are those of ``takes``; ``None`` stands for a place where the block returns
             None.
+        blocks_per_layer: blocks in a row that form one layer, entered at the first of them
+            (research Latte: spatial, temporal).
+        relayouts: whether the model copies what flows into another layout between blocks, and
+            nowhere writes into it. Layers that are left out then hand on an outline of it, a zero
+            expanded to its shape, whose relayouts are views and cost nothing.
 
     Raises:
-        AdapterError: an empty path, no flowing tensor, or a returned name that is not taken.
+        AdapterError: an empty path, no flowing tensor, a returned name that is not taken, or layers
+            without a block.
     """
 
     path: str
     takes: tuple[str, ...] = ("hidden_states",)
     returns: str | tuple[str | None, ...] = "hidden_states"
+    blocks_per_layer: int = 1
+    relayouts: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -47,6 +56,11 @@ class BlockList:
                 f"BlockList {self.path!r}: returns={self.returns!r} must name tensors that it "
                 f"takes: {self.takes!r}."
             )
+        if type(self.blocks_per_layer) is not int or self.blocks_per_layer < 1:
+            raise AdapterError(
+                f"BlockList {self.path!r}: blocks_per_layer={self.blocks_per_layer!r}. It is a "
+                "whole number, at least 1."
+            )
 
     @property
     def returned(self) -> tuple[str | None, ...]:
@@ -62,7 +76,7 @@ class Zipped:
     Features are captured and injected where the first list's block is entered.
 
     Raises:
-        AdapterError: fewer than two lists.
+        AdapterError: fewer than two lists, or one with several blocks a layer.
     """
 
     lists: tuple[BlockList, ...]
@@ -70,6 +84,11 @@ class Zipped:
     def __post_init__(self) -> None:
         if len(self.lists) < 2 or not all(isinstance(item, BlockList) for item in self.lists):
             raise AdapterError(f"Zipped needs at least two BlockLists, found {self.lists!r}.")
+        if any(item.blocks_per_layer != 1 for item in self.lists):
+            raise AdapterError(
+                "Zipped lists give one block each to a layer, so blocks_per_layer is 1 in all of "
+                f"them; found {self.lists!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,36 @@ class Timestep:
         return (value - self.clean) / (self.noise - self.clean)
 
 
+@dataclass(frozen=True)
+class InputSize:
+    """A size that the model was made for, of an argument of the transformer's ``forward``.
+
+    A cached model that is given another one refuses before its first layer, and says why, where it
+    would fail somewhere inside by itself.
+
+    Attributes:
+        argument: parameter of the transformer's ``forward``; None and what has no such axis pass.
+        axis: of the tensor; None for the number of tensors in a list.
+        allowed: the sizes that it can have.
+        what: what is counted, for the error: ``"frames"``.
+        unless_false: another parameter, a bool that is True by default; given as False, any size
+            goes.
+
+    Raises:
+        AdapterError: no size is allowed.
+    """
+
+    argument: str
+    axis: int | None
+    allowed: tuple[int, ...]
+    what: str
+    unless_false: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.allowed:
+            raise AdapterError(f"InputSize of {self.argument!r}: allowed is empty.")
+
+
 LayerLists: TypeAlias = BlockList | Zipped
 
 
@@ -121,9 +170,14 @@ class Backbone:
             with.
         hidden_size: width C of the first flowing tensor, if known.
         branch_weights: hub id or folder of known skip-branch weights, if any.
+        preset: name of the settings (``skipcache.presets``) that its released models with skip
+            branches were shown with, if any: the default where such branches are at work.
+        input_sizes: sizes of the forward's arguments that the model was made for, where another
+            would end in an error that does not say so.
 
     Raises:
-        AdapterError: a field of the wrong kind, or a skip that does not go forward.
+        AdapterError: a field of the wrong kind, a skip that does not go forward, or a preset that
+            does not exist.
     """
 
     name: str
@@ -133,6 +187,8 @@ class Backbone:
     native_skips: tuple[tuple[int, int], ...] = ()
     hidden_size: int | None = None
     branch_weights: str | None = None
+    preset: str | None = None
+    input_sizes: tuple[InputSize, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -158,3 +214,8 @@ class Backbone:
                     f"Backbone {self.name!r}: native skip ({source}, {target}) does not go from a "
                     "layer to a later one."
                 )
+        if self.preset is not None:
+            try:
+                preset_named(self.preset)
+            except ConfigError as error:
+                raise AdapterError(f"Backbone {self.name!r}: {error}") from None

@@ -4,10 +4,11 @@ once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skipcache.errors import ConfigError
 from skipcache.estimators import Estimator, estimator_named
+from skipcache.presets import preset_named
 from skipcache.schedules import IntervalSchedule, Schedule
 
 DEFAULT_INTERVAL = 2
@@ -29,10 +30,13 @@ class SkipCacheConfig:
         estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an
             ``Estimator``. Default: ``"hold"`` where the model has skip branches, else
             ``"taylor(2)"`` (docs/explanation/defaults.md).
+        preset: name of the settings that fill in window, layers and estimator where they are None
+            here (``skipcache.presets``). Default: the model's own, where it has working skip
+            branches and none of the fields above but ``interval`` is set.
 
     Raises:
-        ConfigError: a value that cannot be, or ``schedule`` together with ``interval`` or
-            ``window``.
+        ConfigError: a value that cannot be, a preset that does not exist, or ``schedule`` together
+            with ``interval`` or ``window``.
     """
 
     interval: int | None = None
@@ -41,6 +45,7 @@ class SkipCacheConfig:
     back_layers: int | None = None
     schedule: Schedule | None = None
     estimator: str | Estimator | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if self.schedule is not None and (self.interval is not None or self.window is not None):
@@ -50,8 +55,41 @@ class SkipCacheConfig:
             )
         _check_layers("front_layers", self.front_layers, at_least=0)
         _check_layers("back_layers", self.back_layers, at_least=1)
+        if self.preset is not None:
+            preset_named(self.preset)
         self.resolve_schedule()
         self.resolve_estimator(has_branches=False)
+
+    def resolve_preset(self, own: str | None, depth: int) -> SkipCacheConfig:
+        """This configuration with the values of a preset where it has none.
+
+        Args:
+            own: name of the model's preset, taken where nothing is set here but ``interval``; None
+                for a model without.
+            depth: layers of the model, L. Where the preset's layers leave nothing to skip, one at
+                the front and one at the back take their place.
+
+        Returns:
+            The configuration to resolve, ``preset`` naming the preset that is in use.
+        """
+        set_here = (self.window, self.front_layers, self.back_layers, self.schedule, self.estimator)
+        name = self.preset
+        if name is None and all(value is None for value in set_here):
+            name = own
+        if name is None:
+            return self
+        preset = preset_named(name)
+        front = preset.front_layers if self.front_layers is None else self.front_layers
+        back = preset.back_layers if self.back_layers is None else self.back_layers
+        is_too_shallow = front + back >= depth
+        return replace(
+            self,
+            preset=name,
+            window=preset.window if self.window is None and self.schedule is None else self.window,
+            front_layers=self.front_layers if is_too_shallow else front,
+            back_layers=self.back_layers if is_too_shallow else back,
+            estimator=preset.estimator if self.estimator is None else self.estimator,
+        )
 
     def resolve_schedule(self) -> Schedule:
         """The schedule to use, defaults filled in."""

@@ -15,7 +15,10 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DControlNetModel,
     HunyuanDiT2DModel,
+    HunyuanDiTControlNetPipeline,
+    HunyuanDiTPAGPipeline,
     HunyuanDiTPipeline,
     LattePipeline,
     LatteTransformer3DModel,
@@ -25,10 +28,13 @@ from diffusers import (
 from torch import nn
 
 from skipcache import Backbone, BlockList, Timestep, Zipped, apply_skip_cache
+from skipcache.latte_class import LatteClassPipeline, LatteClassTransformer3DModel
 
 # Models this small lose more time between threads than in them.
 
 KINDS = ("dit", "latte", "hunyuan_dit", "pixart")
+# Around transformers of the same two families: for the tests that depend on the pipeline.
+MORE_KINDS = ("latte_class", "hunyuan_dit_controlnet", "hunyuan_dit_pag")
 LAYERS = 6
 STEPS = 6
 ALWAYS_OPEN = (1.0, 0.0)  # a window that leaves every step to the interval
@@ -95,7 +101,18 @@ def transformer_of(kind: str, layers: int = LAYERS, seed: int = 0, **changes: An
     elif kind == "latte":
         options = {**_ADALN_SINGLE, "sample_size": 8, "video_length": 2}
         model = LatteTransformer3DModel(num_layers=layers, **{**options, **changes})
-    elif kind == "hunyuan_dit":
+    elif kind == "latte_class":
+        options = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": 8,
+            "video_length": 2,
+            "num_classes": 5,
+        }
+        model = LatteClassTransformer3DModel(num_layers=layers, **{**options, **changes})
+    elif kind.startswith("hunyuan_dit"):
         options = {
             "sample_size": 8,
             "patch_size": 2,
@@ -153,10 +170,10 @@ def backbone_of(kind: str, layers: int = LAYERS) -> Backbone:
     """What an adapter would say of that kind; written here, so that no installed adapter is
     needed.
     """
-    if kind == "latte":
+    if kind.startswith("latte"):
         both = (BlockList("transformer_blocks"), BlockList("temporal_transformer_blocks"))
         return Backbone("latte", (Zipped(both),))
-    if kind == "hunyuan_dit":
+    if kind.startswith("hunyuan_dit"):
         pairs = tuple((i, layers - 1 - i) for i in range(layers // 2 - 1))
         return Backbone("hunyuan_dit", (BlockList("blocks"),), native_skips=pairs)
     if kind == "flux":
@@ -184,6 +201,28 @@ def tiny_vae(blocks: int = 1) -> AutoencoderKL:
     ).eval()
 
 
+def tiny_controlnet(layers: int = LAYERS) -> HunyuanDiT2DControlNetModel:
+    """For the tiny HunyuanDiT, with its closing layers opened: a new ControlNet says nothing."""
+    torch.manual_seed(1)
+    net = HunyuanDiT2DControlNetModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        transformer_num_layers=layers,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=8,
+        text_len=5,
+        text_len_t5=4,
+    )
+    for layer in (net.input_block, *net.controlnet_blocks):
+        nn.init.normal_(layer.weight, std=0.5)
+    return net.eval()
+
+
 def build(
     kind: str,
     seed: int = 0,
@@ -197,17 +236,25 @@ def build(
     scheduler = CallingScheduler(clip_sample=False) if scheduler is None else scheduler
     parts: dict[str, Any] = {
         "transformer": transformer,
-        "vae": tiny_vae(blocks=1 if kind == "dit" else 4),
+        "vae": tiny_vae(blocks=1 if kind in ("dit", "latte_class") else 4),
         "scheduler": scheduler,
     }
     if kind == "dit":
         pipe = DiTPipeline(**parts)
     elif kind == "latte":
         pipe = LattePipeline(tokenizer=None, text_encoder=None, **parts)
+    elif kind == "latte_class":
+        pipe = LatteClassPipeline(**parts)
     elif kind == "pixart":
         pipe = PixArtAlphaPipeline(tokenizer=None, text_encoder=None, **parts)
     else:
-        pipe = HunyuanDiTPipeline(
+        pipeline, more = HunyuanDiTPipeline, {}
+        if kind == "hunyuan_dit_controlnet":
+            pipeline = HunyuanDiTControlNetPipeline
+            more = {"controlnet": tiny_controlnet(len(transformer.blocks))}
+        elif kind == "hunyuan_dit_pag":
+            pipeline, more = HunyuanDiTPAGPipeline, {"pag_applied_layers": ["blocks.1", "blocks.4"]}
+        pipe = pipeline(
             tokenizer=None,
             text_encoder=None,
             tokenizer_2=None,
@@ -215,6 +262,7 @@ def build(
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **more,
             **parts,
         )
     pipe.set_progress_bar_config(disable=True)
@@ -223,7 +271,15 @@ def build(
 
 def kind_of(pipe: Any) -> str:
     """The kind that ``build`` was asked for."""
-    names = {"DiT": "dit", "Latte": "latte", "HunyuanDiT": "hunyuan_dit", "PixArtAlpha": "pixart"}
+    names = {
+        "DiT": "dit",
+        "Latte": "latte",
+        "LatteClass": "latte_class",
+        "HunyuanDiT": "hunyuan_dit",
+        "HunyuanDiTControlNet": "hunyuan_dit_controlnet",
+        "HunyuanDiTPAG": "hunyuan_dit_pag",
+        "PixArtAlpha": "pixart",
+    }
     return names[type(pipe).__name__.removesuffix("Pipeline")]
 
 
@@ -240,10 +296,17 @@ def inputs_of(kind: str, steps: int = STEPS, seed: int = 0, batch: int = 1, size
             "return_dict": False,
             **common,
         }
+    if kind == "latte_class":
+        labels = [1 + seed % 4] * batch
+        return {"class_labels": labels, "output_type": "latent", "return_dict": False, **common}
     draw = torch.Generator().manual_seed(100 + seed)
     common |= {"prompt": None, "height": 8 * size, "width": 8 * size}
     common |= {"output_type": "latent", "return_dict": False}
-    if kind == "hunyuan_dit":
+    if kind.startswith("hunyuan_dit"):
+        if kind == "hunyuan_dit_controlnet":
+            common["control_image"] = torch.rand(1, 3, 8 * size, 8 * size, generator=draw)
+        elif kind == "hunyuan_dit_pag":
+            common["pag_scale"] = 2.0
         for suffix, length in (("", 5), ("_2", 4)):
             for sign in ("", "negative_"):
                 common[f"{sign}prompt_embeds{suffix}"] = torch.randn(
@@ -292,7 +355,8 @@ def sample(
     handle = pipe.vae.post_quant_conv.register_forward_pre_hook(
         lambda module, args: decoded.append(args[0])
     )
-    torch.manual_seed(seed)  # DiT's pipeline gives the scheduler no generator
+    # DiT's pipeline gives the scheduler no generator, and the ControlNet's its encoder none.
+    torch.manual_seed(seed)
     try:
         output = pipe(**inputs)[0]
     finally:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from skipcache import Backbone, BlockList, SkipCacheError, Timestep, Zipped
+from skipcache import Backbone, BlockList, InputSize, SkipCacheError, Timestep, Zipped
 from skipcache.errors import AdapterError
 
 BLOCKS = BlockList("blocks")
@@ -56,6 +56,23 @@ def test_returned_is_always_a_tuple(returns, returned):
 def test_zipped_needs_two_block_lists(lists):
     """Fewer than two lists, or something that is no BlockList, cannot be zipped."""
     assert "at least two BlockLists" in message_of(lambda: Zipped(lists))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True, None])
+def test_a_layer_has_whole_blocks(count):
+    """Blocks of a layer are a whole number, at least one."""
+    message = message_of(lambda: BlockList("blocks", blocks_per_layer=count))
+    assert f"blocks_per_layer={count!r}" in message
+
+
+def test_zipped_lists_give_one_block_each():
+    """A list of several blocks a layer cannot be zipped with another."""
+    assert "is 1 in all" in message_of(lambda: Zipped((BLOCKS, BlockList("b", blocks_per_layer=2))))
+
+
+def test_an_input_size_allows_something():
+    """A size that nothing can have is refused, by the argument's name."""
+    assert "'x'" in message_of(lambda: InputSize("x", 0, (), "frames"))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ from skipcache.runtime.stats import CacheStats
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EXECUTED = sorted(
-    [ROOT / "README.md", DOCS / "index.md", *DOCS.glob("tutorials/*.md"), *DOCS.glob("how-to/*.md")]
+    [
+        ROOT / "README.md",
+        DOCS / "index.md",
+        *DOCS.glob("tutorials/*.md"),
+        *DOCS.glob("how-to/*.md"),
+        *DOCS.glob("models/*.md"),
+        *DOCS.glob("explanation/*.md"),
+    ]
 )
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
@@ -178,7 +185,7 @@ def test_cli_page_lists_every_command_and_option_with_its_default(monkeypatch):
         options = {
             action.option_strings[-1]: str(action.default)
             for action in command._actions
-            if not isinstance(action, argparse._HelpAction)
+            if action.option_strings and not isinstance(action, argparse._HelpAction)
         }
         rows = table(section(page, f"skipcache {name}"))
         assert {option: cells[0].strip("`") for option, cells in rows.items()} == options, name

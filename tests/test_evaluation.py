@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from skipcache import Hold, IntervalSchedule, cache_stats, skip_cache
-from skipcache.evaluation import benchmark, models, quality
+from skipcache.evaluation import benchmark, models, presets, quality
 from skipcache.evaluation.__main__ import main
 from skipcache.evaluation.metrics import psnr
 from skipcache.evaluation.timing import format_table, in_turns, speedups
@@ -106,7 +107,8 @@ def test_unknown_benchmark_is_refused(capsys):
     """A misspelt name ends with the list of names, before anything runs."""
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "overhead, speedup, memory, syncs, estimators" in capsys.readouterr().err
+    names = "overhead, speedup, presets, relayouts, memory, syncs, estimators"
+    assert names in capsys.readouterr().err
 
 
 def test_run_steps_drives_one_run():
@@ -124,3 +126,43 @@ def test_estimators_are_compared_on_the_demo_model():
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells[:3] == ["6", "2", "1.80"]
     assert all(10 < float(cell.split(" ± ")[0]) < 90 for cell in cells[3:])
+
+
+TINY = {"layers": 6, "heads": 2, "head_width": 8}
+
+
+def test_presets_benchmark_counts_the_ideal(monkeypatch):
+    """Each model is measured under its own preset, and the ideal is that of the plan and layers;
+    here on tiny models of the same classes.
+    """
+    small = {**TINY, "sample_size": 8}
+    makers = {name: getattr(models, name) for name in ("latte_1", "latte_class", "hunyuan_g_2")}
+    for name, make in makers.items():
+        monkeypatch.setattr(models, name, functools.partial(make, **small))
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in presets.presets(repeats=1).splitlines()[2:]
+    ]
+    # Times 1, 7/8, ..., 1/8, six layers of which a reuse step runs two.
+    assert [(row[0], row[1], row[5]) for row in rows] == [
+        ("skip-dit/latte-t2v", "FFFrFrFr", "1.333"),  # 48 / (5 x 6 + 3 x 2)
+        ("skip-dit/latte-c2v", "FrFrFrFr", "1.500"),  # 48 / (4 x 6 + 4 x 2)
+        ("skip-dit/hunyuan", "FFFrFrFr", "1.333"),
+    ]
+    for _, _, *numbers in rows:
+        uncached, cached, speedup, ideal, ratio = map(float, numbers)
+        assert uncached > 0
+        assert cached > 0
+        assert ratio == pytest.approx(speedup / ideal, abs=0.002)
+
+
+def test_relayouts_benchmark_measures_both_ways(monkeypatch):
+    """A reuse step and the copies that it is spared, of a model with the depth of Latte-1."""
+    tiny = functools.partial(models.latte_1, heads=2, head_width=8)
+    monkeypatch.setattr(models, "latte_1", tiny)
+    lines = presets.relayouts(repeats=1, reuses=2, frames=2, sample_size=8).splitlines()
+    assert "26 of 28 layers skipped, 2 x 32 tokens" in lines[0]
+    step, cost = (float(line.split("|")[2].split()[0]) for line in lines[2:])
+    assert step > 0
+    share = float(lines[3].partition("(")[2].partition(" %")[0])
+    assert share == pytest.approx(100 * cost / step, abs=100 * 0.2 / step)

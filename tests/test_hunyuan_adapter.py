@@ -10,7 +10,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    HunyuanDiT2DControlNetModel,
     HunyuanDiTControlNetPipeline,
     HunyuanDiTPAGPipeline,
     HunyuanDiTPipeline,
@@ -23,6 +22,7 @@ from pipelines import (
     counted_layers,
     inputs_of,
     surroundings,
+    tiny_controlnet,
     tiny_vae,
     transformer_of,
 )
@@ -51,28 +51,6 @@ SCHEDULERS = (
 OPEN = {"adapter": hunyuan_dit, "window": ALWAYS_OPEN, "estimator": "hold"}
 
 
-def control_net() -> nn.Module:
-    """With its closing layers opened: a new ControlNet says nothing."""
-    torch.manual_seed(1)
-    net = HunyuanDiT2DControlNetModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        patch_size=2,
-        sample_size=8,
-        hidden_size=WIDTH,
-        transformer_num_layers=LAYERS,
-        cross_attention_dim=16,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=8,
-        text_len=5,
-        text_len_t5=4,
-    )
-    for layer in (net.input_block, *net.controlnet_blocks):
-        nn.init.normal_(layer.weight, std=0.5)
-    return net.eval()
-
-
 def make(kind: str, scheduler=None):
     parts = dict.fromkeys(
         (
@@ -89,7 +67,7 @@ def make(kind: str, scheduler=None):
     parts["scheduler"] = DDIMScheduler(clip_sample=False) if scheduler is None else scheduler
     parts["requires_safety_checker"] = False
     if kind == "controlnet":
-        pipe = HunyuanDiTControlNetPipeline(controlnet=control_net(), **parts)
+        pipe = HunyuanDiTControlNetPipeline(controlnet=tiny_controlnet(LAYERS), **parts)
     elif kind == "pag":
         pipe = HunyuanDiTPAGPipeline(pag_applied_layers=["blocks.2", "blocks.6"], **parts)
     else:
@@ -318,21 +296,44 @@ def test_residuals_of_this_step_reach_the_back():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_wrong_number_of_residuals_ends_the_run(count):
-    """The model itself refuses too few or too many; the next call then starts with nothing
-    cached.
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_wrong_number_of_residuals_is_refused(count):
+    """Too few or too many residuals are refused before a layer runs, by number; the model itself
+    fails too, without saying why. The next run is a clean one.
     """
     model = transformer_of("hunyuan_dit", LAYERS)
     plain = output_of(model, inputs_for(1))
-    wrong = inputs_for(0)
-    wrong["controlnet_block_samples"] = [torch.zeros(2, 16, WIDTH) for _ in range(count)]
+
+    def wrong():
+        residuals = [torch.zeros(2, 16, WIDTH) for _ in range(count)]
+        return inputs_for(0) | {"controlnet_block_samples": residuals}
+
+    with pytest.raises((IndexError, ValueError), match=r"empty list|number of controls"):
+        model(**wrong())
     options = {"schedule": IntervalSchedule(9), "estimator": "hold"}
     with skip_cache(model, adapter=hunyuan_dit, **options):
         model(**inputs_for(0))
-        with pytest.raises((IndexError, ValueError), match=r"empty list|number of controls"):
-            model(**wrong)
-        assert torch.equal(output_of(model, inputs_for(1)), plain)
+        message = f"controlnet_block_samples has {count} ControlNet residuals.*made for 3"
+        with counted_layers(model) as counts, pytest.raises(ConfigError, match=message):
+            model(**wrong())
+        assert counts.total() == 0
+        with skip_cache_run(model):
+            assert torch.equal(output_of(model, inputs_for(1)), plain)
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_a_controlnet_of_another_depth_is_refused(depth):
+    """A pipeline whose ControlNet was made for another depth is refused at its first step."""
+    pipe = make("controlnet")
+    pipe.controlnet = tiny_controlnet(depth)
+    steps = []
+    apply_skip_cache(pipe, interval=2, **OPEN)
+    with pytest.raises(ConfigError, match=f"has {depth // 2 - 1} ControlNet residuals.*for 3"):
+        sample(pipe, callback_on_step_end=lambda *_: steps.append(1))
+    assert steps == []
+    pipe.controlnet = tiny_controlnet(LAYERS)
+    fresh = apply_skip_cache(make("controlnet"), interval=2, **OPEN)
+    assert torch.equal(sample(pipe), sample(fresh))
 
 
 # What the adapter claims.
@@ -439,7 +440,8 @@ def namesake() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make_model", [control_net, lambda: transformer_of("dit"), lambda: nn.Linear(2, 2), namesake]
+    "make_model",
+    [tiny_controlnet, lambda: transformer_of("dit"), lambda: nn.Linear(2, 2), namesake],
 )
 def test_other_models_are_not_claimed(make_model):
     """A ControlNet, a DiT, a linear layer and a namesake are none of this adapter's models."""

@@ -25,6 +25,7 @@ LAYERS = [
         "errors",
         "config",
         "backbone",
+        "presets",
         "schedules",
         "estimators",
         "branches",

@@ -1,6 +1,8 @@
-"""latte: diffusers' Latte, the class-to-video Latte and the research code's LatteT2V."""
+"""latte: diffusers' Latte, the class-to-video Latte and the research code's LatteT2V and Latte."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -13,18 +15,31 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from pipelines import ALWAYS_OPEN, build, counted_layers, surroundings, tiny_vae, transformer_of
+from pipelines import (
+    ALWAYS_OPEN,
+    build,
+    counted_layers,
+    inputs_of,
+    surroundings,
+    tiny_vae,
+    transformer_of,
+)
 from pipelines import sample as sample_text_to_video
+from research_code import Latte
 from skipcache import (
     IntervalSchedule,
     MaskSchedule,
+    Zipped,
+    add_skip_branches,
     apply_skip_cache,
     cache_stats,
     remove_skip_cache,
     skip_cache,
     skip_cache_run,
 )
+from skipcache.branches.module import SkipBranches
 from skipcache.errors import AdapterError, ConfigError
 from skipcache.latte_class import LatteClassPipeline, LatteClassTransformer3DModel
 from skipcache.plugins import AdapterRegistry
@@ -208,6 +223,18 @@ def research_model() -> nn.Module:
     return LatteT2V().eval()
 
 
+def alternating_model(depth: int = 2 * LAYERS) -> nn.Module:
+    """The research code's class-to-video model: one list, spatial and temporal blocks in turn."""
+    torch.manual_seed(0)
+    return Latte(hidden_size=WIDTH, num_heads=2, depth=depth, num_frames=FRAMES).eval()
+
+
+def alternating_inputs(seed: int = 0) -> dict:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, FRAMES, 4, 8, 8, generator=draw)
+    return {"x": x, "t": torch.tensor([500, 500]), "y": torch.tensor([1, 4])}
+
+
 NO_TIME = {"enable_temporal_attentions": False}
 CASES = {
     "text": (text_model, lambda seed: text_inputs(FRAMES, seed=seed)),
@@ -224,6 +251,7 @@ CASES = {
         lambda seed: class_inputs(4, size=4, seed=seed),
     ),
     "research": (research_model, research_inputs),
+    "research-class": (alternating_model, alternating_inputs),
     "research-space-only": (research_model, lambda seed: research_inputs(seed) | NO_TIME),
 }
 SPANS = [(0, 1), (1, 1), (2, 2), (1, 3)]
@@ -258,10 +286,14 @@ def test_the_same_input_reused_gives_the_same_output(case, front, back):
     assert torch.equal(found[0], plain[0])
     assert torch.equal(found[1], plain[0])
     assert not torch.allclose(found[2], plain[1], rtol=1e-2)
+    is_alternating = isinstance(model, Latte)
     for layer in range(LAYERS):
         wanted = 1 if front <= layer < LAYERS - back else 3
-        assert counts[0, layer] == wanted
-        assert counts[1, layer] == (wanted if has_time else 0)
+        space, time = (
+            ((0, 2 * layer), (0, 2 * layer + 1)) if is_alternating else ((0, layer), (1, layer))
+        )
+        assert counts[space] == wanted
+        assert counts[time] == (wanted if has_time else 0)
     assert torch.equal(output_of(model, inputs(1)), plain[1])
 
 
@@ -283,7 +315,10 @@ def test_reuse_goes_on_from_the_stored_feature(case):
     """
     model, inputs = case
     entered = []
-    resume = model.transformer_blocks[LAYERS - 2]
+    if isinstance(model, Latte):
+        resume = model.blocks[2 * (LAYERS - 2)]
+    else:
+        resume = model.transformer_blocks[LAYERS - 2]
 
     def look(module, args, kwargs):
         entered.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
@@ -297,6 +332,114 @@ def test_reuse_goes_on_from_the_stored_feature(case):
     assert entered[0].shape[-1] == WIDTH
     assert entered[0].shape[0] % 2 == 0
     assert torch.equal(entered[0], entered[1])
+
+
+class Relayouts(TorchFunctionMode):
+    """Counts the bytes that reshaping copies."""
+
+    copied = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.Tensor.reshape, torch.Tensor.flatten):
+            before, after = (t.untyped_storage().data_ptr() for t in (args[0], output))
+            self.copied += output.numel() * output.element_size() if before != after else 0
+        return output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["text", "research", "research-class"])
+def test_skipped_layers_are_not_copied(name):
+    """On a reuse step no skipped layer is copied into its two layouts; where the adapter did not
+    say that it may be so, each is.
+    """
+    make, inputs = CASES[name]
+    model = make()
+    told = registry().backbone_of(model)
+    (entry,) = told.lists
+    if isinstance(entry, Zipped):
+        lists = tuple(dataclasses.replace(spec, relayouts=False) for spec in entry.lists)
+        untold = dataclasses.replace(told, lists=(Zipped(lists),))
+    else:
+        untold = dataclasses.replace(told, lists=(dataclasses.replace(entry, relayouts=False),))
+    options = {"schedule": MaskSchedule((0,), steps=2), "estimator": "hold"}
+    copied, outputs = [], []
+    for backbone in (untold, told):
+        with skip_cache(model, adapter=backbone, **options), skip_cache_run(model):
+            output_of(model, inputs(0))
+            with Relayouts() as watch:
+                outputs.append(output_of(model, inputs(1)))
+            assert cache_stats(model).plan == "Fr"
+        copied.append(watch.copied)
+    assert torch.equal(*outputs)
+    tokens = 6 if name == "research" else 16
+    feature_bytes = 2 * FRAMES * tokens * WIDTH * 4
+    assert copied[0] - copied[1] == 2 * (LAYERS - 2) * feature_bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["replace", "residual"])
+def test_branches_on_alternating_blocks(form):
+    """Branches join pairs of layers, not of blocks: by hand, and as they run in the model, with a
+    cache and without.
+    """
+    model, inputs = alternating_model(), alternating_inputs()
+    plain = output_of(model, inputs)
+    branches = SkipBranches(WIDTH, LAYERS, form=form)
+    torch.manual_seed(3)
+    for parameter in branches.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    outputs, handles = {}, []
+    for layer in range(LAYERS):  # a layer is entered at its spatial block, and left at the next
+
+        def merge(module, args, layer=layer):
+            outputs[layer - 1] = args[0]
+            merged = args[0]
+            for source, target in branches.pairs:
+                if target == layer:
+                    merged = branches.by_target()[layer](args[0], outputs[source])
+            return (merged, *args[1:])
+
+        handles.append(model.blocks[2 * layer].register_forward_pre_hook(merge))
+    expected = output_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(expected, plain, rtol=1e-2)
+
+    add_skip_branches(model, branches, adapter=latte)
+    assert torch.equal(output_of(model, inputs), expected)
+    apply_skip_cache(model, adapter=latte, schedule=MaskSchedule((0,), steps=3), estimator="hold")
+    with skip_cache_run(model):
+        found = [output_of(model, inputs) for _ in range(3)]
+    assert cache_stats(model).plan == "Frr"
+    assert all(torch.equal(output, expected) for output in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [3, 5])
+def test_frames_that_the_model_was_not_made_for(frames):
+    """Text-to-video Latte refuses another number of frames before a layer runs; a single frame, and
+    any number without temporal attention, it can do.
+    """
+    model = text_model(4)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        output_of(model, text_inputs(frames))
+    pipe = make("text")
+    with skip_cache(model, adapter=latte), counted_layers(model) as counts:
+        with pytest.raises(ConfigError, match=f"hidden_states has {frames} frames.*for 1 or 4"):
+            output_of(model, text_inputs(frames))
+        assert counts.total() == 0
+        for inputs in (text_inputs(4), text_inputs(1), text_inputs(frames) | NO_TIME):
+            assert torch.isfinite(output_of(model, inputs)).all()
+    apply_skip_cache(pipe, interval=2, **OPEN)
+    steps = []
+    with pytest.raises(ConfigError, match=f"{frames} frames.*for 1 or {FRAMES}"):
+        pipe(
+            **{**inputs_of("latte"), "video_length": frames},
+            callback_on_step_end=lambda *_: steps.append(1),
+        )
+    assert steps == []
+    assert torch.equal(sample(pipe), sample(apply_skip_cache(make("text"), interval=2, **OPEN)))
 
 
 @torch.no_grad()
@@ -347,6 +490,15 @@ def test_what_the_adapter_says(make):
     assert backbone.native_skips == ()
 
 
+def test_what_the_adapter_says_of_alternating_blocks():
+    """A layer is two blocks of the one list; the time is called t."""
+    backbone = registry().backbone_of(alternating_model())
+    assert (backbone.name, backbone.hidden_size) == ("latte", WIDTH)
+    (blocks,) = backbone.lists
+    assert (blocks.path, blocks.blocks_per_layer, blocks.takes) == ("blocks", 2, ("x",))
+    assert backbone.timestep.argument == "t"
+
+
 def test_subclasses_are_claimed():
     """A subclass is known by the name of the class that it derives from."""
 
@@ -377,6 +529,10 @@ def test_bad_configurations_fail_when_applied():
     model = class_model(layers=2)
     with pytest.raises(ConfigError, match="2 layers"):
         apply_skip_cache(model, adapter=latte)
+    with pytest.raises(AdapterError, match="7 blocks, spatial and temporal in turn"):
+        apply_skip_cache(alternating_model(7), adapter=latte)
+    with pytest.raises(ConfigError, match="2 layers"):
+        apply_skip_cache(alternating_model(4), adapter=latte)
     model = class_model()
     del model.temporal_transformer_blocks[-1]
     with pytest.raises(AdapterError, match="zipped lists differ in length"):

@@ -1,10 +1,9 @@
-"""Class-to-video Latte: the model against the reference, and its pipeline."""
+"""Class-to-video Latte: the model (against the reference: test_golden.py), and its pipeline."""
 
 from __future__ import annotations
 
 import inspect
 import io
-import json
 import re
 from pathlib import Path
 
@@ -19,13 +18,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import export_to_gif
-from safetensors import safe_open
 
 from pipelines import tiny_vae
 from skipcache import SkipCacheError
 from skipcache.latte_class import LatteClassPipeline, LatteClassTransformer3DModel
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "c2v.safetensors"
 FRAMES, CLASSES, STEPS = 3, 5, 4
 SIZES = {
     "num_attention_heads": 2,
@@ -65,79 +62,6 @@ def latents_of(pipe: LatteClassPipeline, **changes) -> torch.Tensor:
 
 
 # The model.
-
-
-def from_research_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Blocks alternate spatial and temporal, q, k and v are one matrix, and names are others."""
-    names = {
-        "pos_embed": "pos_embed.pos_embed",
-        "temp_embed": "temp_pos_embed",
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": "timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "timestep_embedder.linear_2",
-        "y_embedder.embedding_table": "class_embedder.embedding_table",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-        "final_layer.linear": "proj_out_2",
-        "adaLN_modulation.1": "norm1.linear",
-        "attn.proj": "attn1.to_out.0",
-        "mlp.fc1": "ff.net.0.proj",
-        "mlp.fc2": "ff.net.2",
-    }
-    converted = {}
-    for key, tensor in weights.items():
-        module, _, kind = key.rpartition(".")
-        if key in names:
-            converted[names[key]] = tensor
-        elif not key.startswith("blocks."):
-            converted[f"{names[module]}.{kind}"] = tensor
-        else:
-            _, number, inner = module.split(".", 2)
-            prefix = "temporal_" if int(number) % 2 else ""
-            block = f"{prefix}transformer_blocks.{int(number) // 2}"
-            if inner == "attn.qkv":
-                for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                    converted[f"{block}.attn1.to_{name}.{kind}"] = part
-            else:
-                converted[f"{block}.{names[inner]}.{kind}"] = tensor
-    return converted
-
-
-@pytest.mark.skipif(
-    not GOLDEN.exists(), reason="the stored runs of the reference implementation are not here"
-)
-@torch.no_grad()
-def test_equals_the_reference():
-    """Without skip branches: the reference's 50 outputs within 2e-5, a null-class sample among
-    them.
-    """
-    with safe_open(GOLDEN, "pt") as stored:
-        config = json.loads(stored.metadata()["config"])
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    model = LatteClassTransformer3DModel(
-        num_attention_heads=config["num_heads"],
-        attention_head_dim=config["hidden_size"] // config["num_heads"],
-        in_channels=config["in_channels"],
-        out_channels=2 * config["in_channels"],
-        num_layers=config["depth"] // 2,
-        sample_size=config["input_size"],
-        patch_size=config["patch_size"],
-        video_length=config["num_frames"],
-        num_classes=config["num_classes"],
-    ).eval()
-    weights = {key[8:]: tensor for key, tensor in tensors.items() if key.startswith("weights/")}
-    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("skip_")}
-    model.load_state_dict(from_research_layout(weights))
-    labels = tensors["inputs/y"]
-    assert model.null_class in labels
-    x = tensors["inputs/x"].transpose(1, 2)  # the reference has frames before channels
-    found = torch.stack(
-        [
-            model(x * (0.5 + t / 1000), t.expand(len(x)), labels).sample.transpose(1, 2)
-            for t in tensors["runs/plain/timesteps"]
-        ]
-    )
-    assert len(found) == 50
-    assert (found - tensors["runs/plain/outputs"]).abs().max() < 2e-5
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import nn
 from skipcache import (
     Backbone,
     BlockList,
+    InputSize,
     MaskSchedule,
     Residual,
     Taylor,
@@ -403,3 +404,98 @@ def test_estimates_of_two_tensors_at_once(estimator):
             context, hidden = block(hidden, context)
         assert torch.allclose(outputs[2], hidden, atol=1e-5)
         assert not torch.allclose(outputs[2], plain(xs[2]), atol=1e-3)
+
+
+# Several blocks a layer, taken off one list by slices.
+
+
+class Alternating(nn.Module):
+    """Two blocks are one layer, and the forward takes them by slices."""
+
+    def __init__(self, blocks: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(blocks))
+
+    def forward(self, x, timestep=None, residuals=None, is_open=True):
+        for i in range(0, len(self.blocks), 2):
+            first, second = self.blocks[i : i + 2]
+            x = second(first(x, 0.5).flip(0)).flip(0)
+        return x
+
+
+PAIRS = BlockList("blocks", ("x",), "x", blocks_per_layer=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("front", "back"), [(0, 1), (1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_of_two_blocks(front, back, compiled):
+    """Depth, front and back count layers of two blocks; features are kept and put in between
+    layers, never inside one. Compiled as a whole, too.
+    """
+    torch.manual_seed(0)
+    model = Alternating()
+    x = torch.randn(2, 3, WIDTH)
+    plain = model(x)
+    run = torch.compile(model, backend="eager") if compiled else model
+    options = {"front_layers": front, "back_layers": back, "estimator": "hold"}
+    schedule = MaskSchedule((0,), steps=3)
+    apply_skip_cache(model, adapter=Backbone("toy", (PAIRS,)), schedule=schedule, **options)
+    assert model.blocks[1] is next(iter(model.blocks[1:2]))  # outside a forward, the real ones
+    with skip_cache_run(model):
+        outputs = [run(x) for _ in range(3)]
+        assert all(torch.equal(output, plain) for output in outputs)
+    assert cache_stats(model).plan == "Frr"
+    assert cache_stats(model).layers_run == 4 + 2 * (front + back)
+    if not compiled:
+        for i, block in enumerate(model.blocks):
+            is_deep = front <= i // 2 < 4 - back
+            assert block.calls == (2 if is_deep else 4)  # the plain forward is one of them
+
+
+def test_blocks_that_do_not_make_layers():
+    """Seven blocks are not layers of two: refused when applied."""
+    with pytest.raises(AdapterError, match="7 blocks do not make layers of 2"):
+        apply_skip_cache(Alternating(7), adapter=Backbone("toy", (PAIRS,)))
+
+
+# Sizes that the model was made for.
+
+SIZES = (
+    InputSize("x", 1, (3, 5), "tokens", unless_false="is_open"),
+    InputSize("residuals", None, (2,), "residuals"),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("tokens", "more", "kwargs", "says"),
+    [
+        (3, (), {}, None),
+        (5, ([1, 2],), {}, None),
+        (4, (), {}, "x has 4 tokens, and this 'toy' model was made for 3 or 5"),
+        (4, (), {"is_open": False}, None),
+        (4, (None, False), {}, None),
+        (4, (), {"is_open": True}, "x has 4 tokens"),
+        (3, (), {"residuals": [1]}, "residuals has 1 residuals, .* made for 2"),
+        (3, ([],), {}, "residuals has 0 residuals"),
+        (3, (), {"residuals": 7}, None),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_input_sizes(tokens, more, kwargs, says, by_name):
+    """Given by position or by name, another size is refused before a block runs; what has no such
+    size, and what another argument lifts the rule for, passes.
+    """
+    model = Alternating()
+    apply_skip_cache(model, adapter=Backbone("toy", (PAIRS,), input_sizes=SIZES))
+    names = ("x", "timestep", "residuals", "is_open")
+    args = (torch.zeros(2, tokens, WIDTH), torch.tensor(500.0), *more)
+    if by_name:
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    if says is None:
+        assert model(*args, **kwargs).shape == (2, tokens, WIDTH)
+    else:
+        with pytest.raises(ConfigError, match=says):
+            model(*args, **kwargs)
+        assert sum(block.calls for block in model.blocks) == 0

@@ -26,6 +26,7 @@ def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
             name="dit_xl",
             lists=(BlockList("transformer_blocks"),),
             hidden_size=getattr(transformer, "inner_dim", None),
+            preset="skip-dit/dit-xl",
         )
     if "DiT" in names and all(
         hasattr(transformer, a) for a in ("x_embedder", "blocks", "final_layer")
@@ -35,5 +36,6 @@ def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
             lists=(BlockList("blocks", takes=("x",), returns="x"),),
             timestep=Timestep("t"),
             entry_points=("forward_with_cfg",),
+            preset="skip-dit/dit-xl",
         )
     return None

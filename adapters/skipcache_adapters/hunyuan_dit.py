@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from skipcache import Backbone, BlockList, Timestep, hookimpl
+from skipcache import Backbone, BlockList, InputSize, Timestep, hookimpl
 from skipcache.errors import AdapterError
 
 claims = (
@@ -32,12 +32,18 @@ def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
         flow, timestep, width = "x", Timestep("t"), "hidden_size"
     else:
         return None
+    skips = _native_skips(transformer, blocks)
+    residuals = InputSize(
+        "controlnet_block_samples", None, (len(skips),), "ControlNet residuals, one a skip branch"
+    )
     return Backbone(
         name="hunyuan_dit",
         lists=(BlockList("blocks", takes=(flow,), returns=flow),),
         timestep=timestep,
-        native_skips=_native_skips(transformer, blocks),
+        native_skips=skips,
         hidden_size=getattr(transformer, width, None),
+        preset="skip-dit/hunyuan",
+        input_sizes=(residuals,),
     )
 
 

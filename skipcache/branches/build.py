@@ -66,7 +66,7 @@ def build_from_folder(folder: Path, *, dtype: torch.dtype | None, progress: bool
     except (OSError, ValueError, RecursionError) as error:
         raise BranchFileError(f"{path} cannot be read: {error}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise BranchFileError(
             f"{path} is of {name!r}, and known here are {', '.join(MODELS)}. Load the model with "
             "diffusers, and its branches with add_skip_branches."

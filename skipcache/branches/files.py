@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import tempfile
@@ -19,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from skipcache.branches.fingerprint import Fingerprint, fingerprint_of
+from skipcache.branches.fingerprint import SAMPLES, Fingerprint, fingerprint_of
 from skipcache.branches.module import SkipBranches
 from skipcache.errors import BranchError, BranchFileError, BranchWarning
+from skipcache.targets import transformers_of
 
 WEIGHTS_FILE = "skip_branches.safetensors"
 RECORD_FILE = "skip_branches.json"
@@ -69,8 +69,13 @@ class BranchRecord:
 
 
 def base_model_of(transformer: nn.Module) -> BaseModel:
-    """Class and fingerprint of a transformer."""
-    return BaseModel(type(transformer).__name__, fingerprint_of(transformer))
+    """Class and fingerprint of a transformer, also of a compiled one.
+
+    Raises:
+        TargetError: it is none.
+    """
+    [own] = transformers_of(transformer).values()
+    return BaseModel(type(own).__name__, fingerprint_of(own))
 
 
 def check_base_model(record: BranchRecord, transformer: nn.Module) -> None:
@@ -134,14 +139,16 @@ def load_branches(
     """Reads skip branches; see ``SkipBranches.from_pretrained``."""
     folder = find_folder(source, revision=revision, local_files_only=local_files_only)
     record = read_record(folder, "branches")
-    settings = dict(record.settings)
     names = {"form", "rank", "pairs", "dim", "depth", "tensor"}
-    check_keys(folder / RECORD_FILE, settings, required=names - {"tensor"}, optional={"tensor"})
+    check_keys(
+        folder / RECORD_FILE, record.settings, required=names - {"tensor"}, optional={"tensor"}
+    )
+    settings = {name: value for name, value in record.settings.items() if name in names}
     shape = {name: settings.pop(name) for name in ("dim", "depth", "pairs")}
     try:
         with torch.device("meta"):
             branches = SkipBranches(**shape, **settings)
-    except (BranchError, TypeError, RuntimeError) as error:
+    except (BranchError, TypeError, RuntimeError, OverflowError) as error:
         raise BranchFileError(f"{folder / RECORD_FILE} describes no branches: {error}") from error
     expected = {name: tensor.shape for name, tensor in branches.state_dict().items()}
     branches.load_state_dict(read_tensors(folder / WEIGHTS_FILE, expected), assign=True)
@@ -157,21 +164,39 @@ def write_folder(folder: Path, record: BranchRecord, tensors: Mapping[str, torch
     """Writes the three files; one that is there already is replaced whole or not at all.
 
     Raises:
-        BranchFileError: a weight is not finite, or the folder cannot be written.
+        BranchFileError: a weight is not finite or not at hand, what is to be noted cannot be
+            written down, or the folder cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.is_meta:
+            raise BranchFileError(
+                f"{name!r} is offloaded, so its values are not at hand; nothing was written. Take "
+                "the offloading off first."
+            )
+        if not _is_finite(tensor):
             raise BranchFileError(f"{name!r} has values that are not finite; nothing was written.")
     version = importlib.metadata.version("skipcache")
     text = {"format_version": FORMAT_VERSION, "skipcache_version": version, **asdict(record)}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        described = json.dumps(text, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise BranchFileError(
+            f"quality is {record.quality!r}. It is made of names, numbers and text ({error}); "
+            "nothing was written."
+        ) from error
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-        (folder / CARD_FILE).write_text(_card(record), encoding="utf-8")
-        (folder / RECORD_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+        with tempfile.TemporaryDirectory(prefix=".skip_branches-", dir=folder) as parts:
+            save_file(weights, Path(parts, WEIGHTS_FILE), metadata={"format": "pt"})
+            Path(parts, CARD_FILE).write_text(_card(record), encoding="utf-8")
+            Path(parts, RECORD_FILE).write_text(described, encoding="utf-8")
+            for name in (WEIGHTS_FILE, CARD_FILE, RECORD_FILE):
+                os.replace(Path(parts, name), folder / name)
+    except (OSError, SafetensorError) as error:
         raise BranchFileError(f"{folder} cannot be written: {error}") from error
     return folder
 
@@ -192,14 +217,13 @@ def find_folder(
             f"there is no folder {str(source)!r}, and it is no hub id such as 'user/name' either."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         paths = [
             hf_hub_download(source, name, revision=revision, local_files_only=local_files_only)
             for name in (RECORD_FILE, WEIGHTS_FILE)
         ]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # those of the transport differ between releases
         raise BranchFileError(
             f"there is no folder {source!r}, and from the hub it cannot be had: {error}"
         ) from error
@@ -226,7 +250,7 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
             f"{FORMAT_VERSION}. Upgrade skipcache."
         )
     check_keys(path, text, required=_REQUIRED, optional=_OPTIONAL)
-    if version != FORMAT_VERSION or not isinstance(text["settings"], dict):
+    if type(version) is not int or version != FORMAT_VERSION or type(text["settings"]) is not dict:
         raise BranchFileError(
             f"{path}: format_version is {version!r} and settings {text['settings']!r}. They are "
             f"{FORMAT_VERSION} and an object."
@@ -240,12 +264,17 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
             f"{path} is of kind {text['kind']!r}, and {kind!r} is asked for here: "
             f"{advice.get(str(text['kind']), 'this skipcache does not know it')}."
         )
+    made_by, quality = text.get("made_by"), text.get("quality") or {}
+    if not isinstance(made_by, str | None) or not isinstance(quality, dict):
+        raise BranchFileError(
+            f"{path}: made_by is {made_by!r} and quality {quality!r}. They are text and an object."
+        )
     return BranchRecord(
         text["kind"],
         text["settings"],
         _base_model(path, text.get("base_model")),
-        text.get("made_by"),
-        text.get("quality") or {},
+        made_by,
+        quality,
     )
 
 
@@ -255,8 +284,10 @@ def _base_model(path: Path, text: Any) -> BaseModel | None:
     try:
         prints = text["fingerprint"]
         samples = tuple(float(value) for value in prints["samples"])
+        if len(samples) not in (0, SAMPLES) or not all(map(math.isfinite, samples)):
+            raise ValueError(f"{len(samples)} samples")
         return BaseModel(str(text["name"]), Fingerprint(str(prints["structure"]), samples))
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise BranchFileError(f"{path}: base_model is malformed: {text!r}") from error
 
 
@@ -291,6 +322,8 @@ def read_tensors(path: Path, expected: Mapping[str, Iterable[int]]) -> dict[str,
         BranchFileError: it is missing, truncated or corrupt, has other names, shapes or dtypes, or
             values that are not finite.
     """
+    from safetensors import SafetensorError, safe_open
+
     tensors = {}
     try:
         with safe_open(path, framework="pt") as stored:
@@ -312,11 +345,16 @@ def read_tensors(path: Path, expected: Mapping[str, Iterable[int]]) -> dict[str,
     except (OSError, SafetensorError, RuntimeError) as error:
         raise BranchFileError(f"{path} cannot be read: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not _is_finite(tensor):
             raise BranchFileError(
                 f"{path}: {name!r} is not made of finite floating-point numbers ({tensor.dtype})."
             )
     return tensors
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1  # fp8 knows no isfinite
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
 
 
 def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) -> str:
@@ -326,7 +364,6 @@ def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) 
         BranchFileError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
@@ -336,7 +373,7 @@ def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) 
             done = hub.upload_folder(
                 repo_id=name, folder_path=folder, commit_message="Upload skip branches"
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # those of the transport differ between releases
             raise BranchFileError(f"{repo_id!r} could not be uploaded: {error}") from error
     return str(done.commit_url)
 

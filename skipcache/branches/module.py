@@ -4,6 +4,7 @@ carries.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -73,10 +74,11 @@ class SkipBranch(nn.Module):
                 "choose other pairs, or another tensor."
             )
         # Modules are called, not their weights used: offloading hooks sit on modules.
-        merged = self.skip_norm(torch.cat([x, skip], dim=-1))
+        # To fp32 first: autocast refuses to concatenate some half-precision tensors.
+        merged = self.skip_norm(torch.cat([x.float(), skip.float()], dim=-1))
         if self.skip_down is not None:
-            merged = self.skip_down(merged.to(self.skip_down.weight.dtype))
-        merged = self.skip_linear(merged.to(self.skip_linear.weight.dtype)).to(x.dtype)
+            merged = self.skip_down(merged.to(_dtype_taken_by(self.skip_down, x)))
+        merged = self.skip_linear(merged.to(_dtype_taken_by(self.skip_linear, x))).to(x.dtype)
         result: torch.Tensor = x + merged if self.form == "residual" else merged
         return result
 
@@ -113,6 +115,8 @@ class SkipBranches(nn.Module):
         check_shape(dim, form, rank)
         if not _is_count(depth) or depth < 2:
             raise BranchError(f"depth is {depth!r}. It is a whole number of layers, at least 2.")
+        if tensor is not None and not isinstance(tensor, str):
+            raise BranchError(f"tensor is {tensor!r}. It is the name of a flowing tensor, or None.")
         self.dim, self.depth, self.form, self.rank, self.tensor = dim, depth, form, rank, tensor
         self.pairs = check_pairs(default_pairs(depth) if pairs is None else pairs, depth)
         self.record: BranchRecord | None = None  # what their files said of them
@@ -246,7 +250,9 @@ def check_pairs(pairs: Sequence[tuple[int, int]], depth: int) -> tuple[tuple[int
             into one layer.
     """
     try:
-        listed = sorted(((int(s), int(t)) for s, t in pairs), key=lambda pair: pair[1])
+        listed = sorted(
+            ((operator.index(s), operator.index(t)) for s, t in pairs), key=lambda pair: pair[1]
+        )
     except (TypeError, ValueError):
         raise BranchError(
             f"pairs are {pairs!r}. They are (source, target) layers: [(1, 3), (0, 4)]."
@@ -262,6 +268,12 @@ def check_pairs(pairs: Sequence[tuple[int, int]], depth: int) -> tuple[tuple[int
             f"pairs are {listed!r}. At least one is needed, and one branch at most enters a layer."
         )
     return tuple(listed)
+
+
+def _dtype_taken_by(linear: nn.Linear, x: torch.Tensor) -> torch.dtype:
+    """That of its weights, but for weights only stored so, which a hook casts first (fp8)."""
+    kept: torch.dtype = linear.weight.dtype
+    return kept if kept.is_floating_point and kept.itemsize > 1 else x.dtype
 
 
 def _is_count(value: object) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from skipcache.backbone import Backbone
+    from skipcache.branches.module import SkipBranches
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -69,7 +70,7 @@ def load_skip_dit(
             )
         branches = None
         if (source / RECORD_FILE).exists():
-            branches = SkipBranches.from_pretrained(source)
+            branches = _cast(SkipBranches.from_pretrained(source), kind)
         model = build_from_folder(source, dtype=kind, progress=progress)
     else:
         model, branches = build_from_checkpoint(source, told, dtype=kind, progress=progress)
@@ -140,6 +141,17 @@ def convert_skip_dit(
     except OSError as error:
         raise BranchFileError(f"{target} cannot be written: {error}") from error
     return target
+
+
+def _cast(branches: SkipBranches, dtype: torch.dtype | None) -> SkipBranches:
+    if dtype is None:
+        return branches
+    for name, parameter in branches.to(dtype).named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise BranchFileError(
+                f"{name!r} of the skip branches is not finite in {dtype}. Choose a wider dtype."
+            )
+    return branches
 
 
 def _write(model: nn.Module, folder: Path) -> None:

@@ -247,12 +247,13 @@ class Stripped:
         """Takes them off."""
         from skipcache.branches.module import ATTRIBUTE
 
-        self._taken = self.transformer._modules.pop(ATTRIBUTE, None)
+        modules = self.transformer._modules
+        self._taken = dict(modules)
+        modules.pop(ATTRIBUTE, None)
 
     def after(self, output: Any) -> None:
-        """Puts them back, also when saving failed."""
-        from skipcache.branches.module import ATTRIBUTE
-
+        """Puts them back where they were, also when saving failed."""
         if self._taken is not None:
-            self.transformer._modules[ATTRIBUTE] = self._taken
+            self.transformer._modules.clear()
+            self.transformer._modules.update(self._taken)
             self._taken = None

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--steps is {arguments.steps}. Neighbouring steps need 2 or more.")
     require_matplotlib()  # before anything is loaded
     pipe = _load(arguments.pipe, arguments.device)
-    pipes = {Path(arguments.pipe).name: pipe}
+    pipes = {Path(arguments.pipe).resolve().name: pipe}
     if arguments.compare is not None:
         pipes = {"before": pipe, "after": _second(pipe, arguments.compare, arguments.device)}
     call = {"num_inference_steps": arguments.steps, **_call(arguments, pipe)}
@@ -104,7 +104,7 @@ def _load(source: str, device: str) -> Any:
         )
     try:
         return _with_bar(_open(source, is_folder).to(device))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # diffusers and torch raise many kinds
         raise ConfigError(
             f"the pipeline {source!r} cannot be loaded on {device!r}: {error}"
         ) from error

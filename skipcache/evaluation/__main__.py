@@ -6,14 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from skipcache.evaluation import benchmark, quality
+from skipcache.evaluation import benchmark, convert_memory, fits, presets, quality
 
 BENCHMARKS: dict[str, Callable[[], str]] = {
     "overhead": benchmark.overhead,
     "speedup": benchmark.speedup,
+    "presets": presets.presets,
+    "relayouts": presets.relayouts,
     "memory": benchmark.memory,
     "syncs": benchmark.syncs,
     "estimators": quality.estimators,
+    "fit": fits.fits,
+    "convert-memory": convert_memory.convert_memory,
 }
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from skipcache import api
 from skipcache.estimators import Estimator, Hold, Residual, Taylor
@@ -17,21 +18,16 @@ from skipcache.evaluation import models
 from skipcache.evaluation.timing import DenoisingTimer, format_table, in_turns, now, speedups
 from skipcache.schedules import IntervalSchedule
 
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
-
 CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def run_steps(
-    transformer: DiTTransformer2DModel, inputs: dict[str, torch.Tensor], steps: int
-) -> float:
+def run_steps(transformer: nn.Module, inputs: dict[str, Any], steps: int) -> float:
     """Calls the transformer ``steps`` times as a sampler would; returns seconds."""
     batch = inputs["hidden_states"].shape[0]
     device = inputs["hidden_states"].device
     timesteps = [
-        torch.full((batch,), 1000 - 1000 * i // steps, device=device) for i in range(steps)
+        torch.full((batch,), 1000.0 - 1000 * i // steps, device=device) for i in range(steps)
     ]
     started = now(device)
     for timestep in timesteps:
@@ -40,7 +36,7 @@ def run_steps(
 
 
 def _run_cached(
-    transformer: DiTTransformer2DModel, inputs: dict[str, torch.Tensor], steps: int, **options: Any
+    transformer: nn.Module, inputs: dict[str, Any], steps: int, **options: Any
 ) -> float:
     with api.skip_cache(transformer, **options):
         timesteps = [1000.0 - 1000 * i // steps for i in range(steps)]

@@ -6,7 +6,6 @@ Each step runs in a process of its own, so that its peak is its own. Also a scri
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from skipcache.branches.files import WEIGHTS_FILE
 from skipcache.branches.official import convert_skip_dit
 from skipcache.evaluation.timing import format_table
 
-WIDTH, DEPTH, PATCH, CHANNELS, CLASSES, SIDE = 1152, 28, 2, 4, 1000, 16
+PATCH, CHANNELS = 2, 4
 MIB = 2**20
 
 
@@ -49,36 +48,45 @@ def convert_memory() -> str:
     return format_table(columns, rows)
 
 
-def write_checkpoint(path: Path) -> None:
+def write_checkpoint(
+    path: Path, *, width: int = 1152, depth: int = 28, classes: int = 1000, side: int = 16
+) -> None:
     """Random weights with the names and shapes of ``DiT-XL-2-skip.pt``, in fp32, as training saves
     them: averaged weights under ``ema``.
+
+    Args:
+        path: of the file.
+        width: of the stream, C.
+        depth: layers, L.
+        classes: number of classes.
+        side: patches along a side of the picture.
     """
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     shapes: dict[str, tuple[int, ...]] = {
-        "x_embedder.proj": (WIDTH, CHANNELS, PATCH, PATCH),
-        "t_embedder.mlp.0": (WIDTH, 256),
-        "t_embedder.mlp.2": (WIDTH, WIDTH),
-        "final_layer.linear": (PATCH**2 * 2 * CHANNELS, WIDTH),
-        "final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+        "x_embedder.proj": (width, CHANNELS, PATCH, PATCH),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (PATCH**2 * 2 * CHANNELS, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
     }
-    for i in range(DEPTH):
+    for i in range(depth):
         shapes |= {
-            f"blocks.{i}.attn.qkv": (3 * WIDTH, WIDTH),
-            f"blocks.{i}.attn.proj": (WIDTH, WIDTH),
-            f"blocks.{i}.mlp.fc1": (4 * WIDTH, WIDTH),
-            f"blocks.{i}.mlp.fc2": (WIDTH, 4 * WIDTH),
-            f"blocks.{i}.adaLN_modulation.1": (6 * WIDTH, WIDTH),
+            f"blocks.{i}.attn.qkv": (3 * width, width),
+            f"blocks.{i}.attn.proj": (width, width),
+            f"blocks.{i}.mlp.fc1": (4 * width, width),
+            f"blocks.{i}.mlp.fc2": (width, 4 * width),
+            f"blocks.{i}.adaLN_modulation.1": (6 * width, width),
         }
-    for i in range(DEPTH // 2):
+    for i in range(depth // 2):
         shapes |= {
-            f"skip_norms.{i}": (2 * WIDTH,),
-            f"skip_linears.{i}.linear": (WIDTH, 2 * WIDTH),
+            f"skip_norms.{i}": (2 * width,),
+            f"skip_linears.{i}.linear": (width, 2 * width),
         }
-    positions = get_2d_sincos_pos_embed(WIDTH, SIDE, output_type="pt")
+    positions = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
     weights = {
         "pos_embed": positions.float().unsqueeze(0),
-        "y_embedder.embedding_table.weight": torch.randn(CLASSES + 1, WIDTH),
+        "y_embedder.embedding_table.weight": torch.randn(classes + 1, width),
     }
     for name, shape in shapes.items():
         weights[f"{name}.weight"] = torch.randn(shape)
@@ -92,6 +100,8 @@ def _run(*arguments: str) -> str:
 
 
 def _peak_bytes() -> int:
+    import resource  # not on Windows, where the other benchmarks run
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -54,3 +55,134 @@ def sample_inputs(transformer: DiTTransformer2DModel, batch: int = 2) -> dict[st
         "hidden_states": torch.randn(batch, 4, size, size, generator=generator),
         "class_labels": torch.arange(batch),
     }
+
+
+def latte_1(
+    layers: int = 8, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Text-to-video Latte of the width of Latte-1 (16 heads of 72 channels, 1152), random weights,
+    fp32. Cut, where nothing else is said: 8 of 28 layers, 4 of 16 frames, 64 of 1024 tokens a
+    frame.
+
+    Args:
+        layers: depth L; a layer is a spatial and a temporal block.
+        frames: F.
+        sample_size: latent height and width; tokens a frame are (sample_size / 2)^2.
+        heads: attention heads.
+        head_width: channels a head.
+
+    Returns:
+        The transformer, and one forward's inputs but for the timestep.
+    """
+    from diffusers import LatteTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LatteTransformer3DModel(
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        cross_attention_dim=heads * head_width,
+        caption_channels=4096,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        sample_size=sample_size,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=frames,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, frames, sample_size, sample_size),
+        "encoder_hidden_states": torch.randn(1, 16, 4096),
+    }
+    return transformer, inputs
+
+
+def latte_class(
+    layers: int = 8, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Class-to-video Latte-XL/2 (width 1152, arXiv:2401.03048), random weights, fp32. Cut: 8 of 14
+    layers, 4 of 16 frames, 64 of 256 tokens a frame.
+
+    Args:
+        layers: as in ``latte_1``.
+        frames: as in ``latte_1``.
+        sample_size: as in ``latte_1``.
+        heads: as in ``latte_1``.
+        head_width: as in ``latte_1``.
+
+    Returns:
+        The transformer, and one forward's inputs but for the timestep.
+    """
+    from skipcache.latte_class import LatteClassTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LatteClassTransformer3DModel(
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        out_channels=8,
+        sample_size=sample_size,
+        video_length=frames,
+        num_classes=101,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, frames, sample_size, sample_size),
+        "class_labels": torch.tensor([1]),
+    }
+    return transformer, inputs
+
+
+def hunyuan_g_2(
+    layers: int = 8, sample_size: int = 32, heads: int = 16, head_width: int = 88
+) -> tuple[nn.Module, dict[str, Any]]:
+    """HunyuanDiT-g/2 (width 1408, MLP ratio 4.3637, arXiv:2405.08748), random weights, fp32. Cut: 8
+    of 40 layers, 256 of 4096 tokens, 16 + 16 text tokens of 77 + 256.
+
+    Args:
+        layers: depth L, even.
+        sample_size: latent height and width; tokens are (sample_size / 2)^2.
+        heads: attention heads.
+        head_width: channels a head.
+
+    Returns:
+        The transformer, and one forward's inputs but for the timestep.
+    """
+    from diffusers import HunyuanDiT2DModel
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
+    torch.manual_seed(0)
+    transformer = HunyuanDiT2DModel(
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        hidden_size=heads * head_width,
+        mlp_ratio=4.3637,
+        in_channels=4,
+        patch_size=2,
+        sample_size=sample_size,
+        cross_attention_dim=1024,
+        cross_attention_dim_t5=2048,
+        text_len=16,
+        text_len_t5=16,
+        activation_fn="gelu-approximate",
+        use_style_cond_and_image_meta_size=False,
+    ).eval()
+    side = sample_size // 2
+    rotary = get_2d_rotary_pos_embed(
+        head_width, ((0, 0), (side, side)), (side, side), output_type="pt"
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, sample_size, sample_size),
+        "encoder_hidden_states": torch.randn(1, 16, 1024),
+        "text_embedding_mask": torch.ones(1, 16),
+        "encoder_hidden_states_t5": torch.randn(1, 16, 2048),
+        "text_embedding_mask_t5": torch.ones(1, 16),
+        "image_rotary_emb": rotary,
+        "return_dict": False,
+    }
+    return transformer, inputs

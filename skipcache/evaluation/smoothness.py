@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import csv
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +27,7 @@ from skipcache.runtime.store import Run
 from skipcache.targets import is_module, transformers_of
 
 Array: TypeAlias = npt.NDArray[np.float64]
+Compare: TypeAlias = Callable[[int, torch.Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def measure_smoothness(
 
     handles = []
     try:
-        for layer, block, ports in _last_blocks(bound):
+        for layer, (block, ports) in _last_blocks(bound).items():
             handles.append(block.register_forward_hook(_OutputHook(layer, ports, compare)))
         with watch:
             sample(pipe, call, seed)
@@ -129,7 +129,7 @@ def measure_smoothness(
 class _OutputHook:
     """Forward hook of the block that ends a layer: hands its first flowing tensor on."""
 
-    def __init__(self, layer: int, ports: Ports, compare: Any) -> None:
+    def __init__(self, layer: int, ports: Ports, compare: Compare) -> None:
         self.layer, self.compare = layer, compare
         flowing = [place for place, index in enumerate(ports.returns) if index is not None]
         self.place = ports.returns.index(0) if 0 in ports.returns else flowing[0]
@@ -139,17 +139,9 @@ class _OutputHook:
         self.compare(self.layer, output if self.is_bare else output[self.place])
 
 
-def _last_blocks(bound: BoundBackbone) -> Iterator[tuple[int, nn.Module, Ports]]:
-    """Layer, block and ports of the block that each layer ends with (of zipped lists the last)."""
-    last: dict[int, tuple[nn.Module, Ports]] = {}
-    for entry in bound.lists:
-        # Not by iterating the list, which may yield stand-ins.
-        blocks = entry.module._modules.values()
-        for i, (block, ports) in enumerate(zip(blocks, entry.ports, strict=True)):
-            assert block is not None
-            last[entry.first_layer + i] = (block, ports)
-    for layer, (block, ports) in sorted(last.items(), key=lambda item: item[0]):
-        yield layer, block, ports
+def _last_blocks(bound: BoundBackbone) -> dict[int, tuple[nn.Module, Ports]]:
+    """By layer, the block that it ends with (of zipped lists the last), and its ports."""
+    return {seat.layer: (seat.block, seat.ports) for e in bound.lists for seat in e.seats()}
 
 
 class StepWatch:
@@ -251,16 +243,9 @@ def sample(pipe: Any, call: Mapping[str, Any], seed: int) -> None:
     if "generator" in signature.parameters:
         keywords.setdefault("generator", torch.Generator().manual_seed(seed))
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices), in_eager_mode(), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.no_grad():
         torch.manual_seed(seed)  # some schedulers draw without a generator
         pipe(**keywords)
-
-
-@contextmanager
-def in_eager_mode() -> Iterator[None]:
-    """Compiled modules run uncompiled inside."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def similarity_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

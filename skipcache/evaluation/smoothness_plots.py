@@ -103,7 +103,7 @@ def plot_smoothness(measured: Mapping[str, Smoothness], path: str | Path) -> Pat
         low, high = _log_limits(values.values())
         for (name, each), axes in zip(values.items(), row, strict=True):
             image = _draw_heat_map(axes, each, low, high, measured[name].times)
-            axes.set_title(f"{name}: change from the step before")
+            axes.set_title(f"{name}: change between neighbouring steps")
         figure.colorbar(image, ax=list(row), label=what)
     return _save(figure, path)
 

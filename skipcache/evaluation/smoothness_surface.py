@@ -22,7 +22,6 @@ from skipcache.evaluation.smoothness import (
     Array,
     StepWatch,
     find_transformer,
-    in_eager_mode,
     sample,
     similarity_of,
     write_csv,
@@ -114,9 +113,10 @@ def perturbation_surface(
     weights = _weights_of(transformer)
     watch = StepWatch(pipe, transformer, bound)
     calls, step = _record_calls(pipe, call, step, seed, watch)
-    axis = np.linspace(-span, span, grid)
+    # Exactly 0 in the middle, which linspace is not for every span.
+    axis = span * np.arange(1 - grid, grid, 2) / (grid - 1)
     values = np.empty((grid, grid))
-    with torch.no_grad(), in_eager_mode():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         unperturbed = [_predicted_noise(transformer, each) for each in calls]
         with _movable(weights, seed) as move:
             for i, j in np.ndindex(grid, grid):

@@ -32,6 +32,13 @@ def copy_of(flow: Tensors) -> Tensors:
     return tuple(None if tensor is None else tensor.clone() for tensor in flow)
 
 
+def outline_of(flow: Tensors) -> Tensors:
+    """Shape, dtype and device alone: one zero, expanded, so that any relayout of it is a view."""
+    return tuple(
+        None if tensor is None else tensor.new_zeros(()).expand(tensor.shape) for tensor in flow
+    )
+
+
 @dataclass(frozen=True)
 class Ports:
     """Where the flowing tensors sit in a block's call and in what it returns.
@@ -141,7 +148,15 @@ class SpanBlock(StandIn):
 
 
 class EntryBlock(SpanBlock):
-    """The first block of the deep span: here the shallow feature is known and guarded."""
+    """The first block of the deep span: here the shallow feature is known and guarded.
+
+    ``hands_outline``: on a reuse it goes on with an outline of what enters, for nothing looks at it
+    before the resume layer puts the estimate in.
+    """
+
+    def __init__(self, block: Any, ports: Ports, slot: Slot, hands_outline: bool = False) -> None:
+        super().__init__(block, ports, slot)
+        self.hands_outline = hands_outline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
@@ -154,6 +169,8 @@ class EntryBlock(SpanBlock):
         if slot.needs_shallow and (slot.is_reuse or slot.keeps):
             slot.shallow = copy_of(flow)
         if slot.leaves_out:
+            if self.hands_outline:
+                args, kwargs = self.ports.write(args, kwargs, outline_of(flow))
             return self.ports.hand_through(args, kwargs)
         return self.block(*args, **kwargs)
 
@@ -179,8 +196,8 @@ class SteppedBlockList(nn.ModuleList):
     """The class that a retrofitted or cached transformer's block lists take on: an
     ``nn.ModuleList`` that can iterate stand-ins.
 
-    Names, ``state_dict``, indexing and slicing are those of ``nn.ModuleList``; outside a forward so
-    is iteration.
+    Names, ``state_dict`` and indexing are those of ``nn.ModuleList``; outside a forward so are
+    iteration and slicing.
     """
 
     _stand_ins: tuple[Any, ...] | None = None
@@ -189,7 +206,18 @@ class SteppedBlockList(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         if self._stand_ins is None:
             return super().__iter__()
+        return iter(self._at_hand())
+
+    def __getitem__(self, index: Any) -> Any:
+        # An index is asked for a block's attributes (DiT's head), a slice for blocks to run.
+        if self._stand_ins is None or not isinstance(index, slice):
+            return super().__getitem__(index)
+        return self._at_hand()[index]
+
+    def _at_hand(self) -> tuple[Any, ...]:
+        assert self._stand_ins is not None
         if self._taping is not None and not torch.compiler.is_compiling():
             bound_list, branches = self._taping
-            return iter(branches.stand_ins(bound_list))
-        return iter(self._stand_ins)
+            stand_ins: tuple[Any, ...] = branches.stand_ins(bound_list)
+            return stand_ins
+        return self._stand_ins

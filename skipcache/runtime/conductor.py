@@ -48,6 +48,7 @@ class Conductor:
     def __init__(self, bound: BoundBackbone) -> None:
         self.bound = bound
         self.branch_stand_ins = bound.branch_stand_ins()
+        self.transformer: nn.Module | None = None
         self.is_inside_method = False  # of a MethodTap, which stands for the hooks
         self._handles: list[Any] = []
 
@@ -55,6 +56,7 @@ class Conductor:
 
     def install(self, transformer: nn.Module) -> None:
         """Puts the hooks and taps in."""
+        self.transformer = transformer
         for entry in self.bound.lists:
             entry.module.__class__ = SteppedBlockList
         self._handles = [
@@ -94,9 +96,12 @@ class Conductor:
             self.yield_real_blocks()
             return
         taping = branches.tape() if torch.is_grad_enabled() else None
-        for entry, stand_ins in zip(self.bound.lists, self.branch_stand_ins, strict=True):
-            entry.module._stand_ins = stand_ins  # type: ignore[assignment]
-            taped = None if taping is None else (entry, taping)
+        is_rerun = taping is not None and getattr(self.transformer, "gradient_checkpointing", False)
+        for entry, lasting in zip(self.bound.lists, self.branch_stand_ins, strict=True):
+            # Blocks that run again need stand-ins of this forward, in a compiled model too.
+            fresh = taping.stand_ins(entry) if taping is not None and is_rerun else None
+            taped = (entry, taping) if taping is not None and fresh is None else None
+            entry.module._stand_ins = fresh or lasting  # type: ignore[assignment]
             entry.module._taping = taped  # type: ignore[assignment]
 
     def yield_real_blocks(self) -> None:

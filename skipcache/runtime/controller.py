@@ -19,6 +19,7 @@ from skipcache.runtime.blocklist import Slot, copy_of
 from skipcache.runtime.clock import Clock
 from skipcache.runtime.compiled import outside_graphs
 from skipcache.runtime.conductor import Conductor, conductor_of
+from skipcache.runtime.inputs import InputCheck
 from skipcache.runtime.layout import BoundBackbone
 from skipcache.runtime.stats import CacheStats, stats_of
 from skipcache.runtime.store import Run, Stream, relative_change
@@ -48,12 +49,14 @@ class Controller(Conductor):
         super().__init__(bound)
         self.schedule, self.estimator = schedule, estimator
         self.config: Any = None  # what it was built from, to build it anew
+        self.preset: str | None = None  # its name, where one filled in what was not given
         self.front_layers, self.back_layers = front_layers, back_layers
         self.slot = Slot(estimator, needs_shallow=estimator.needs_shallow)
         span = range(front_layers, bound.depth - back_layers)
         self.stand_ins = bound.cached_stand_ins(span, self.slot)
         parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.clock = Clock(bound.backbone.timestep, parameters, schedule.needs_times)
+        self.check_inputs = InputCheck(bound.backbone, parameters)
         self.last_run: Run | None = None
         self._current: tuple[Run, Stream] | None = None
         self._has_warned: set[str] = set()
@@ -77,6 +80,7 @@ class Controller(Conductor):
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_forward(succeeded=False)  # one that Ctrl-C stopped ended without a word
+        self.check_inputs(args, kwargs)
         self.yield_branches()
         if torch.is_grad_enabled():
             self._warn_once(
@@ -123,7 +127,8 @@ class Controller(Conductor):
 
     def stats(self) -> CacheStats:
         """Of the last run."""
-        return stats_of(self.last_run, self.bound.depth, self.front_layers + self.back_layers)
+        kept_layers = self.front_layers + self.back_layers
+        return stats_of(self.last_run, self.bound.depth, kept_layers, self.preset)
 
     def _decide(self, run: Run, stream: Stream) -> None:
         slot = self.slot

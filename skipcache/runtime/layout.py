@@ -24,6 +24,23 @@ from skipcache.runtime.skips import BoundBranches, bind_branches
 
 
 @dataclass(frozen=True)
+class Seat:
+    """Where a block sits.
+
+    Attributes:
+        layer: the layer that it belongs to.
+        enters_layer: whether features are captured and injected at it.
+        block: the real block.
+        ports: of it.
+    """
+
+    layer: int
+    enters_layer: bool
+    block: nn.Module
+    ports: Ports
+
+
+@dataclass(frozen=True)
 class BoundList:
     """One block list found on a transformer.
 
@@ -45,21 +62,25 @@ class BoundList:
     @property
     def layers(self) -> range:
         """The layers that its blocks belong to."""
-        return range(self.first_layer, self.first_layer + len(self.ports))
+        count = len(self.ports) // self.spec.blocks_per_layer
+        return range(self.first_layer, self.first_layer + count)
 
-    def entries(self) -> Iterator[tuple[int, nn.Module, Ports]]:
-        """Layer, real block and ports, one a block."""
-        return zip(self.layers, _real_blocks(self.module), self.ports, strict=True)
+    def seats(self) -> Iterator[Seat]:
+        """Where each block sits."""
+        for i, (block, ports) in enumerate(zip(_real_blocks(self.module), self.ports, strict=True)):
+            layer, position = divmod(i, self.spec.blocks_per_layer)
+            enters = self.is_leading and position == 0
+            yield Seat(self.first_layer + layer, enters, block, ports)
 
-    def cached_stand_in(self, layer: int, block: Any, ports: Ports, span: range, slot: Slot) -> Any:
+    def cached_stand_in(self, seat: Seat, block: Any, span: range, slot: Slot) -> Any:
         """What stands for the block where a cache may leave the layers of ``span`` out."""
-        if layer < span.start or layer > span.stop:
+        if seat.layer < span.start or seat.layer > span.stop:
             return block
-        if layer == span.stop:
-            return ResumeBlock(block, ports, slot) if self.is_leading else block
-        if layer == span.start and self.is_leading:
-            return EntryBlock(block, ports, slot)
-        return SpanBlock(block, ports, slot)
+        if seat.layer == span.stop:
+            return ResumeBlock(block, seat.ports, slot) if seat.enters_layer else block
+        if seat.layer == span.start and seat.enters_layer:
+            return EntryBlock(block, seat.ports, slot, self.spec.relayouts)
+        return SpanBlock(block, seat.ports, slot)
 
 
 @dataclass(frozen=True)
@@ -101,12 +122,12 @@ class BoundBackbone:
         return tuple(self._cached_stand_ins(entry, span, slot) for entry in self.lists)
 
     def _cached_stand_ins(self, entry: BoundList, span: range, slot: Slot) -> tuple[Any, ...]:
-        def between(layer: int, block: Any, ports: Ports) -> Any:
-            return entry.cached_stand_in(layer, block, ports, span, slot)
+        def between(seat: Seat, block: Any) -> Any:
+            return entry.cached_stand_in(seat, block, span, slot)
 
         if self.branches is not None:
             return self.branches.stand_ins(entry, between)
-        return tuple(between(*item) for item in entry.entries())
+        return tuple(between(seat, seat.block) for seat in entry.seats())
 
     def check_layers(self, front_layers: int, back_layers: int, needs_shallow: bool) -> None:
         """Refuses a deep span that this model or estimator cannot leave out.
@@ -156,12 +177,17 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
         lengths = {spec.path: len(module) for spec, module in zip(group, modules, strict=True)}
         if len(set(lengths.values())) > 1:
             raise _mismatch(backbone, transformer, f"zipped lists differ in length: {lengths}")
+        count, per_layer = len(modules[0]), group[0].blocks_per_layer
+        if count % per_layer:
+            raise _mismatch(
+                backbone, transformer, f"{count} blocks do not make layers of {per_layer}"
+            )
         for position, (spec, module) in enumerate(zip(group, modules, strict=True)):
             ports = tuple(
                 _ports_of(backbone, spec, block, transformer) for block in _real_blocks(module)
             )
             lists.append(BoundList(spec, module, ports, layer, is_leading=position == 0))
-        layer += len(modules[0])
+        layer += count // per_layer
     for source, target in backbone.native_skips:
         if target >= layer:
             raise _mismatch(

@@ -15,7 +15,7 @@ from skipcache.errors import BranchError
 from skipcache.runtime.blocklist import Ports, StandIn
 
 if TYPE_CHECKING:
-    from skipcache.runtime.layout import BoundList
+    from skipcache.runtime.layout import BoundList, Seat
 
 
 @dataclass
@@ -39,10 +39,16 @@ class SourceBlock(StandIn):
         self.skips, self.source, self.index = skips, source, index
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._take(args, kwargs)
+        return self.block(*args, **kwargs)
+
+    def _take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what enters, for the branches to come."""
         entering = self.ports.read(args, kwargs)[self.index]
         if entering is not None:
-            self.skips.held[self.source] = entering
-        return self.block(*args, **kwargs)
+            # Without gradients a block may work in place; with them copies would cost memory.
+            is_safe = torch.is_grad_enabled()
+            self.skips.held[self.source] = entering if is_safe else entering.clone()
 
 
 class TargetBlock(StandIn):
@@ -63,12 +69,51 @@ class TargetBlock(StandIn):
         self.branch, self.is_last = branch, is_last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._merge(args, kwargs)
+        return self.block(*args, **kwargs)
+
+    def _merge(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with what enters merged with its skip.
+
+        Raises:
+            BranchError: there is no such skip, or no such tensor.
+        """
         entering = self.ports.read(args, kwargs)[self.index]
-        skip = self.skips.held[self.source]
+        skip = self.skips.held.get(self.source)
+        if entering is None or skip is None:
+            missing = "tensor to act on" if entering is None else f"output of layer {self.source}"
+            raise BranchError(
+                f"a skip branch found no {missing}: the model left a block out, or ran one again. "
+                "Choose other pairs or another tensor. To compile a model with gradient "
+                "checkpointing, compile its blocks, not the whole."
+            )
         if self.is_last and not self.skips.is_tape:
             del self.skips.held[self.source]
-        args, kwargs = self.ports.replace(args, kwargs, self.index, self.branch(entering, skip))
+        return self.ports.replace(args, kwargs, self.index, self.branch(entering, skip))
+
+
+class TapedSourceBlock(SourceBlock):
+    """One that gradient checkpointing may run again: in no graph, which would lose the skip's
+    gradient. The block itself may be in one.
+    """
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self._take(args, kwargs)
         return self.block(*args, **kwargs)
+
+    __call__ = torch.compiler.disable(_run, recursive=False)
+
+
+class TapedTargetBlock(TargetBlock):
+    """Likewise."""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._merge(args, kwargs)
+        return self.block(*args, **kwargs)
+
+    __call__ = torch.compiler.disable(_run, recursive=False)
 
 
 @dataclass(frozen=True)
@@ -92,42 +137,42 @@ class BoundBranches:
         return replace(self, skips=Skips(is_tape=True))
 
     def stand_ins(
-        self, bound_list: BoundList, between: Callable[[int, Any, Ports], Any] | None = None
+        self, bound_list: BoundList, between: Callable[[Seat, Any], Any] | None = None
     ) -> tuple[Any, ...]:
         """What the list yields, one a block.
 
         Args:
             bound_list: one of the model's lists.
-            between: wraps a block, given with its layer and ports, inside the taking of a skip and
-                outside the merging of one: where a cache looks at features and overwrites them.
+            between: wraps a block, given with its seat, inside the taking of a skip and outside the
+                merging of one: where a cache looks at features and overwrites them.
         """
-        return tuple(
-            self._stand_in(bound_list, layer, block, ports, between)
-            for layer, block, ports in bound_list.entries()
-        )
+        return tuple(self._stand_in(bound_list, seat, between) for seat in bound_list.seats())
 
     def _stand_in(
         self,
         bound_list: BoundList,
-        layer: int,
-        block: Any,
-        ports: Ports,
-        between: Callable[[int, Any, Ports], Any] | None,
+        seat: Seat,
+        between: Callable[[Seat, Any], Any] | None,
     ) -> Any:
+        layer, ports = seat.layer, seat.ports
+        is_tape = self.skips.is_tape
+        source_kind, target_kind = (
+            (TapedSourceBlock, TapedTargetBlock) if is_tape else (SourceBlock, TargetBlock)
+        )
         targets = self.branches.by_target()
-        pairs = self.branches.pairs if bound_list.is_leading else ()
+        pairs = self.branches.pairs if seat.enters_layer else ()
         index = self.indices.get(bound_list.spec.path, 0)
-        stand_in = block
+        stand_in: Any = seat.block
         for source, target in pairs:
             if target == layer:
                 is_last = all(t <= target for s, t in pairs if s == source)
-                stand_in = TargetBlock(
+                stand_in = target_kind(
                     stand_in, ports, self.skips, source, index, targets[target], is_last
                 )
         if between is not None:
-            stand_in = between(layer, stand_in, ports)
+            stand_in = between(seat, stand_in)
         if any(source + 1 == layer for source, _ in pairs):
-            stand_in = SourceBlock(stand_in, ports, self.skips, layer - 1, index)
+            stand_in = source_kind(stand_in, ports, self.skips, layer - 1, index)
         return stand_in
 
 

@@ -52,10 +52,14 @@ class CacheStats:
             ``"1"``, ... in the order of calls. With two transformers the name is in front:
             ``"transformer_2/0"``.
         cache_bytes: the most bytes that the caches held at once, measured on the stored tensors.
+        preset: name of the preset in use, given or the model's own; None where there is none. What
+            was given beside it is not part of it. Those of two transformers that differ are joined
+            by ``|``.
     """
 
     streams: Mapping[str, StreamStats] = field(default_factory=dict)
     cache_bytes: int = 0
+    preset: str | None = None
 
     @property
     def refreshed(self) -> int:
@@ -88,16 +92,18 @@ class CacheStats:
         return "|".join(dict.fromkeys(stream.plan for stream in self.streams.values()))
 
 
-def stats_of(run: Run | None, depth: int, kept_layers: int) -> CacheStats:
+def stats_of(
+    run: Run | None, depth: int, kept_layers: int, preset: str | None = None
+) -> CacheStats:
     """Reads a run's record; empty stats before the first one."""
     if run is None:
-        return CacheStats()
+        return CacheStats(preset=preset)
     streams = {
         _name_of(key): StreamStats("".join("F" if r else "r" for r in s.record), depth, kept_layers)
         for key, s in run.streams.items()
         if s.record
     }
-    return CacheStats(streams, run.peak_bytes)
+    return CacheStats(streams, run.peak_bytes, preset)
 
 
 def merge_stats(parts: Mapping[str, CacheStats]) -> CacheStats:
@@ -109,7 +115,9 @@ def merge_stats(parts: Mapping[str, CacheStats]) -> CacheStats:
     streams = {
         f"{name}/{key}": s for name, part in parts.items() for key, s in part.streams.items()
     }
-    return CacheStats(streams, sum(part.cache_bytes for part in parts.values()))
+    presets = dict.fromkeys(str(part.preset) for part in parts.values())
+    preset = None if list(presets) == ["None"] else "|".join(presets)
+    return CacheStats(streams, sum(part.cache_bytes for part in parts.values()), preset)
 
 
 def _name_of(key: Hashable) -> str:
