@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from skipcache import Backbone, BlockList, InputSize, Timestep, hookimpl
-from skipcache.errors import AdapterError
+from skipcache import Backbone, BlockList, InputSize, SkipCacheError, Timestep, hookimpl
 
 claims = (
     "diffusers.HunyuanDiT2DModel",
@@ -51,13 +50,13 @@ def _native_skips(transformer: nn.Module, blocks: nn.ModuleList) -> tuple[tuple[
     """(source, target) of every block that takes a skip; the first of them takes the last skip.
 
     Raises:
-        AdapterError: an odd depth. The model keeps one skip fewer than its blocks take, and fails
+        SkipCacheError: an odd depth. The model keeps one skip fewer than its blocks take, and fails
             in its own forward.
     """
     depth = len(blocks)
     targets = [i for i, b in enumerate(blocks) if getattr(b, "skip_linear", None) is not None]
     if targets and depth % 2:
-        raise AdapterError(
+        raise SkipCacheError(
             f"{type(transformer).__name__} has {depth} blocks. {len(targets)} of them take a skip, "
             f"and its forward keeps {len(targets) - 1}: with an odd depth the model itself cannot "
             "run. Use an even one."

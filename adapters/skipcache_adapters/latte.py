@@ -1,5 +1,5 @@
 """Latte: diffusers' ``LatteTransformer3DModel`` (text-to-video), skipcache's
-``LatteClassTransformer3DModel`` (class-to-video) and the research code's ``LatteT2V`` and ``Latte``.
+``LatteClassTransformer3DModel`` (class-to-video), the research code's ``LatteT2V`` and ``Latte``.
 
 A layer is a spatial block and the temporal one after it. Where a spatial block is entered the
 layout is always [B·F, N, C], whatever happens between the two.
@@ -10,8 +10,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from skipcache import Backbone, BlockList, InputSize, Timestep, Zipped, hookimpl
-from skipcache.errors import AdapterError
+from skipcache import (
+    Backbone,
+    BlockList,
+    InputSize,
+    SkipCacheError,
+    Timestep,
+    Zipped,
+    hookimpl,
+)
 
 claims = (
     "diffusers.LatteTransformer3DModel",
@@ -54,7 +61,7 @@ def skipcache_backbone(transformer: nn.Module) -> Backbone | None:
         and all(hasattr(transformer, part) for part in ("x_embedder", "final_layer"))
     ):
         if len(blocks) % 2:
-            raise AdapterError(
+            raise SkipCacheError(
                 f"{type(transformer).__name__} has {len(blocks)} blocks, spatial and temporal in "
                 "turn: its forward takes two at a time, and cannot run with an odd number."
             )

@@ -12,15 +12,12 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiTPipeline
 from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 import data
+from judge import Classifier, judge, train_classifier
 from skipcache import cache_stats, skip_cache
 
 METHODS = {
@@ -31,54 +28,10 @@ METHODS = {
 }
 
 
-class Classifier(nn.Module):
-    """Pictures [B, 1, 32, 32] in 0..1 to 64 features."""
-
-    num_features = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(64, len(data.CLASS_NAMES))
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.body(pictures)
-
-
-def train_classifier(pictures: torch.Tensor, labels: torch.Tensor, epochs: int) -> Classifier:
-    torch.manual_seed(0)
-    model = Classifier().to(memory_format=torch.channels_last)
-    loader = DataLoader(TensorDataset(pictures, labels), batch_size=128, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 4e-3, total_steps=epochs * len(loader)
-    )
-    for batch, label in tqdm([*loader] * epochs, desc="classifier"):
-        loss = F.cross_entropy(model.head(model(batch)), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def judge(
+def score(
     model: Classifier, pictures: torch.Tensor, labels: torch.Tensor, real: torch.Tensor
 ) -> str:
-    predictions = torch.cat([model.head(model(batch)).argmax(1) for batch in pictures.split(500)])
-    distance = FrechetInceptionDistance(feature=model, normalize=False, input_img_size=(1, 32, 32))
-    for batch in real.split(500):
-        distance.update(batch, real=True)
-    for batch in pictures.split(500):
-        distance.update(batch, real=False)
-    accuracy = (predictions == labels).float().mean()
-    return f"{100 * accuracy:.1f} | {distance.compute():.4f}"
+    return " | ".join(judge(model, pictures, labels[:, None], real).cells())
 
 
 @torch.no_grad()
@@ -124,18 +77,18 @@ def main() -> None:
     train, train_labels = data.load("train", args.data)
     test, test_labels = data.load("t10k", args.data)
     train, test = train.float() / 255, test.float() / 255
-    model = train_classifier(train, train_labels, args.epochs)
+    model = train_classifier(train, train_labels[:, None], [len(data.CLASS_NAMES)], args.epochs)
     pipeline = DiTPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
-    rows = [f"| test pictures | {judge(model, test, test_labels, test)} | |"]
+    rows = [f"| test pictures | {score(model, test, test_labels, test)} | |"]
     few, few_labels = train[: args.samples], train_labels[: args.samples]
-    rows.append(f"| training pictures, {len(few)} | {judge(model, few, few_labels, test)} | |")
+    rows.append(f"| training pictures, {len(few)} | {score(model, few, few_labels, test)} | |")
     with torch.no_grad():
         decoded = torch.cat(
             [pipeline.vae(batch * 2 - 1).sample / 2 + 0.5 for batch in few.split(250)]
         ).clamp(0, 1)
-    rows.append(f"| their reconstructions | {judge(model, decoded, few_labels, test)} | |")
+    rows.append(f"| their reconstructions | {score(model, decoded, few_labels, test)} | |")
     for name, options in METHODS.items():
         if options is None:
             pictures, labels = sample(pipeline, args.samples, args.steps, args.guidance_scale)
@@ -145,7 +98,7 @@ def main() -> None:
             with skip_cache(pipeline, **options):
                 pictures, labels = sample(pipeline, args.samples, args.steps, args.guidance_scale)
                 layers = f"{100 * cache_stats(pipeline).compute_fraction:.0f} %"
-        rows.append(f"| samples, {name} | {judge(model, pictures, labels, test)} | {layers} |")
+        rows.append(f"| samples, {name} | {score(model, pictures, labels, test)} | {layers} |")
     print(f"\n{args.samples} samples, {args.steps} DDIM steps, guidance {args.guidance_scale:g}\n")
     print(
         "| pictures | class accuracy, % | Fréchet distance | layers run |\n"

@@ -7,7 +7,6 @@ While ``train_dit.py`` still runs, its last checkpoint's moving average can be p
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -15,20 +14,14 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 import data
+from pipeline_folder import write_pipeline
 from train_dit import build_scheduler, build_transformer
 
-CARD = """---
-license: apache-2.0
-pipeline_tag: text-to-image
-library_name: diffusers
----
-# Fashion-MNIST DiT
-
+TEXT = """\
 A class-conditional latent diffusion transformer (18 layers, width 160, 16 tokens of 4 x 8 x 8
 latents) and its autoencoder, trained by the skipcache project on the 60 000 training pictures of
 Fashion-MNIST (Zalando, MIT licence) with the recipe in `examples/fashion_dit`. It exists to show
-and test caching; sample quality is in `docs/results/demo-model.md`.
-"""
+and test caching; sample quality is in `docs/results/demo-model.md`."""
 
 
 def main() -> None:
@@ -57,14 +50,7 @@ def main() -> None:
         scheduler=build_scheduler(),
         id2label=dict(enumerate(data.CLASS_NAMES)),
     )
-    pipeline.save_pretrained(args.to)
-    for config in args.to.glob("*/config.json"):
-        kept = json.loads(config.read_text())
-        kept.pop("_name_or_path", None)  # where it was trained says nothing
-        config.write_text(json.dumps(kept, indent=2) + "\n")
-    (args.to / "README.md").write_text(CARD)
-    size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file())
-    print(f"{args.to}: {size / 1e6:.1f} MB")
+    write_pipeline(pipeline, args.to, task="text-to-image", title="Fashion-MNIST DiT", text=TEXT)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ from skipcache.branches.fitted import (
     Cell,
     FittedBranches,
     bucket_of,
+    grouped,
     known_inputs,
     with_base_model,
 )
 from skipcache.errors import ConfigError
-from skipcache.estimators import Refresh, Taylor, Tensors
+from skipcache.estimators import Refresh, Residual, Tensors
 from skipcache.runtime.controller import controller_of
 from skipcache.schedules import Schedule
 from skipcache.targets import is_module, transformers_of
 
 MIXED_INTERVALS = (2, 3, 4, 5, 6)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-GAIN = 0.75  # measured: a full correction overshoots in closed loop (docs/results/fit.md)
 ROUNDS = 2
 
 
@@ -49,11 +49,10 @@ def fit_skip_branches(
     groups: int = 1,
     time_buckets: int = 1,
     ridge: float | None = None,
-    gain: float = GAIN,
     sampler: Callable[..., Any] | None = None,
     seed: int = 0,
 ) -> FittedBranches:
-    """Fits, on a frozen model, how the deep feature of a reuse step differs from its extrapolation.
+    """Fits skip branches past the deep span on a frozen model, by linear least squares.
 
     Args:
         pipe: a pipeline with one transformer, or a bare transformer together with ``sampler``.
@@ -68,7 +67,6 @@ def fit_skip_branches(
             normal equations of width C take 8 * 16 * C^2 / G bytes a distance.
         time_buckets: equal parts of normalised time, each with matrices of its own.
         ridge: relative to the mean of the diagonal; default: the best on the held-out calls.
-        gain: the share of the correction that is used, above 0 and at most 1.
         sampler: called as ``sampler(**call)`` in place of the pipeline; it must open a
             ``skip_cache_run`` if the cache cannot tell the steps of a run.
         seed: of the generators.
@@ -82,7 +80,7 @@ def fit_skip_branches(
         SkipCacheError: as ``apply_skip_cache``.
     """
     asked = [dict(call) for call in calls]
-    _check(asked, interval, schedule, rank, groups, time_buckets, ridge, gain)
+    _check(asked, interval, schedule, rank, groups, time_buckets, ridge)
     transformers = transformers_of(pipe)
     if len(transformers) != 1:
         raise ConfigError(
@@ -113,7 +111,7 @@ def fit_skip_branches(
                 assert controller is not None
                 controller.slot.witness = learner.observe
                 sampler(**_fresh(call))
-            learner.solve(rank if number == ROUNDS - 1 else None, ridge, gain)
+            learner.solve(rank if number == ROUNDS - 1 else None, ridge)
     if not learner.has_data:
         raise ConfigError(
             "the calls reused nothing, so there is nothing to fit. Use more denoising steps, or a "
@@ -122,7 +120,6 @@ def fit_skip_branches(
     made_by = (
         f"fit_skip_branches on {len(asked)} calls (the last {held_out} held out), "
         f"{'schedule given' if schedule is not None else f'interval {interval or MIXED_INTERVALS}'}"
-        f", gain {gain}"
     )
     fit = FittedBranches(
         learner.dim, front_layers, back_layers, *learner.solution(), time_buckets=time_buckets
@@ -136,7 +133,7 @@ class _Equations:
     def __init__(self, groups: int, inputs: int, width: int) -> None:
         self.xx = torch.zeros(2, groups, inputs, inputs, dtype=torch.float64)
         self.xy = torch.zeros(2, groups, inputs, width, dtype=torch.float64)
-        self.before = torch.zeros(2, dtype=torch.float64)  # squared error of the extrapolation
+        self.before = torch.zeros(2, dtype=torch.float64)  # squared error of residual
         self.hold = torch.zeros(2, dtype=torch.float64)  # likewise of the last deep feature
         self.samples = [0, 0]
         self.distances = 0.0
@@ -173,32 +170,34 @@ class _Learner:
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
         self._step = refreshes, step, time
-        return Taylor(HISTORY - 1).prepare(refreshes, step, time)
+        return Residual().prepare(refreshes, step, time)
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         assert self._step is not None
-        assert shallow is not None
         refreshes, step, time = self._step
-        base, now, last = prepared[0][0], shallow[0], refreshes[-1].deep[0]
-        assert base is not None
+        base = Residual().estimate(prepared, shallow)
+        held, then, first = prepared[0][0], prepared[1][0], base[0]
+        assert shallow is not None
+        now = shallow[0]
+        assert held is not None
+        assert then is not None
         assert now is not None
-        assert last is not None
-        self.dim = base.shape[-1]
+        assert first is not None
+        self.dim = first.shape[-1]
         if self.dim % self.groups:
             raise ConfigError(f"groups={self.groups} does not divide the width {self.dim}.")
-        expected, known = known_inputs(refreshes, step)
-        parts = [part.unflatten(-1, (self.groups, -1)) for part in (now.float() - expected, *known)]
-        ones = torch.ones_like(parts[0][..., :1])
-        inputs = torch.cat([*parts, ones], -1).flatten(0, -3).transpose(0, 1)  # [G, N, D]
-        self._seen = inputs, base.float(), last.float()
+        known = (now.float() - then.float(), *known_inputs(refreshes, step))
+        parts = [grouped(part, self.groups) for part in known]
+        inputs = torch.cat([*parts, torch.ones_like(parts[0][..., :1])], -1)  # [G, N, D]
+        self._seen = inputs, first.float(), held.float()
         weight = self.weights.get(self._key(refreshes, step, time))
         if weight is None:
-            return prepared[0]
+            return base
         moved = inputs
         for matrix in weight:
             moved = moved @ matrix.to(inputs)
-        moved = moved.transpose(0, 1).reshape(base.shape)
-        return (base.float() + moved).to(base.dtype), *prepared[0][1:]
+        moved = moved.transpose(0, 1).reshape(first.shape)
+        return (first.float() + moved).to(first.dtype), *base[1:]
 
     def observe(self, true: Tensors) -> None:
         """Told the true deep feature of the step just estimated."""
@@ -212,7 +211,7 @@ class _Learner:
         inputs, base, last = self._seen
         x, deep = inputs.double(), true[0].double()
         missed = deep - base.double()
-        y = missed.unflatten(-1, (self.groups, -1)).flatten(0, -3).transpose(0, 1)
+        y = grouped(missed, self.groups)
         key = self._key(refreshes, step, time)
         if key not in self.equations:
             self.equations[key] = _Equations(self.groups, x.shape[-1], y.shape[-1])
@@ -224,7 +223,7 @@ class _Learner:
         sums.samples[part] += x.shape[1]
         sums.distances += distance * x.shape[1]
 
-    def solve(self, rank: int | None, ridge: float | None, gain: float) -> None:
+    def solve(self, rank: int | None, ridge: float | None) -> None:
         """Fits every cell, and leaves out those that do not help on the held-out calls."""
         self.weights, self.cells = {}, {}
         for key, sums in self.equations.items():
@@ -238,7 +237,6 @@ class _Learner:
                 found.append((sums.error(weight), candidate, weight, metric))
             _, _, weight, metric = min(found, key=lambda item: item[0])
             factors = _factored(weight, metric, rank)
-            factors = (*factors[:-1], gain * factors[-1])
             whole = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
             before = float(sums.before[1] / sums.hold[1].clamp_min(1e-300))
             after = sums.error(whole)
@@ -300,7 +298,6 @@ def _check(
     groups: int,
     time_buckets: int,
     ridge: float | None,
-    gain: float,
 ) -> None:
     if len(calls) < 2:
         raise ConfigError(
@@ -316,5 +313,3 @@ def _check(
             raise ConfigError(f"{name} is {count!r}. It is a whole number from 1.")
     if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
         raise ConfigError(f"ridge is {ridge!r}. It is a finite number from 0.")
-    if not 0 < gain <= 1:
-        raise ConfigError(f"gain is {gain!r}. It is above 0 and at most 1.")

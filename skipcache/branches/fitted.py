@@ -1,11 +1,10 @@
-"""Fitted branches: linear corrections of the deep feature's extrapolation, and their files."""
+"""Fitted branches: the deep feature as a linear function of what is known of it, and their files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from skipcache.branches.files import (
     write_folder,
 )
 from skipcache.errors import BranchError, BranchFileError, ConfigError
-from skipcache.estimators import Refresh, Taylor, Tensors, extrapolation_weights
+from skipcache.estimators import Refresh, Residual, Tensors, extrapolation_weights
 
-HISTORY = 3
+HISTORY = 2
 FARTHEST = 1.5  # a distance is served by one that is at most so many times nearer or farther
 
 
@@ -39,10 +38,10 @@ class Cell:
     Attributes:
         distance: normalised time since the last refresh.
         bucket: index of the time bucket, 0 = noise.
-        refreshes: number of refreshes looked at, 1 to 3.
+        refreshes: number of refreshes looked at, 1 or 2.
         samples: tokens it was fitted on.
-        error_before: relative squared error of the plain extrapolation: 1 is that of ``hold``.
-        error_after: that of the fit.
+        error_before: squared error of ``residual``, relative to that of ``hold``.
+        error_after: that of the fit, likewise.
     """
 
     distance: float
@@ -54,7 +53,7 @@ class Cell:
 
     @property
     def r2_before(self) -> float:
-        """Share of the change since the refresh that the plain extrapolation explains."""
+        """Share of the change since the refresh that ``residual`` explains."""
         return 1.0 - self.error_before
 
     @property
@@ -65,13 +64,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class FittedBranches:
-    """The deep feature extrapolated (``taylor(2)``), corrected by a matrix: an ``Estimator``.
+    """A skip branch in closed form past the layers that a reuse step leaves out: an ``Estimator``.
 
-    With f the shallow and d the deep feature, e = d - f at the refreshes, and f', d' their
-    extrapolation to this step, the estimate is ``d' + [f - f' ; e ; its first and second
-    differences ; 1] W``, with one W per distance to the refresh, bucket of time and number of
-    refreshes cached. Where none is near enough it is ``d'``. Only the first of several flowing
-    tensors is corrected.
+    With f the shallow and d the deep feature, e = d - f, r the last refresh and r' the one before,
+    the estimate at step t is ``f_t + e_r + W [f_t - f_r ; e_r ; s (e_r - e_r') ; 1]`` with
+    s = (t - r) / (r - r'), and one W per distance to the refresh, bucket of time and number of
+    refreshes cached. Where none is near enough it is ``residual``. Only the first of several
+    flowing tensors is corrected.
 
     Attributes:
         dim: width C of the first flowing tensor, which is [..., C].
@@ -91,7 +90,9 @@ class FittedBranches:
     matrices: tuple[tuple[torch.Tensor, ...], ...] = field(repr=False)
     time_buckets: int = 1
     record: BranchRecord | None = field(default=None, repr=False)
-    _moved: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict[Any, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     history = HISTORY
     needs_shallow = True
@@ -99,40 +100,38 @@ class FittedBranches:
     # As an estimator.
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
-        base = Taylor(HISTORY - 1).prepare(refreshes, step, time)[0]
+        deep, shallow = Residual().prepare(refreshes, step, time)
         cell = self.cell_at(len(refreshes), refreshes[-1].time - time, time)
-        deep = base[0]
-        if cell is None or deep is None or deep.shape[-1] != self.dim:
-            return base, (None,)
-        expected, known = known_inputs(refreshes, step)
-        weight, *up = (self._on(cell, part, deep) for part in range(len(self.matrices[cell])))
+        first = deep[0]
+        if cell is None or first is None or first.shape[-1] != self.dim:
+            return deep, shallow, (None,)
+        weight, *up = (self._on(cell, part, first) for part in range(len(self.matrices[cell])))
         groups, width = len(weight), self.dim // len(weight)
-        grouped = [part.float().unflatten(-1, (groups, width)) for part in (-expected, *known)]
         total = weight[:, -1].unsqueeze(-2)  # [G, 1, .]: the constant
-        for place, part in enumerate(grouped):
+        for place, part in enumerate(known_inputs(refreshes, step), start=1):
             rows = weight[:, place * width : (place + 1) * width]
-            total = total + part.flatten(0, -3).transpose(0, 1) @ rows
-        parts = (weight[:, :width].to(deep.dtype), *(part.to(deep.dtype) for part in up))
-        constant = total
+            total = total + grouped(part, groups) @ rows
         for matrix in up:
-            constant = constant @ matrix
-        moved = constant.transpose(0, 1).reshape(deep.shape)
-        return ((deep.float() + moved).to(deep.dtype), *base[1:]), parts
+            total = total @ matrix
+        known = first.float() + total.transpose(0, 1).reshape(first.shape)
+        parts = (weight[:, :width].to(first.dtype), *(part.to(first.dtype) for part in up))
+        return (known.to(first.dtype), *deep[1:]), shallow, parts
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
-        base, parts = prepared
+        deep, then, parts = prepared
+        base = Residual().estimate((deep, then), shallow)
         if parts[0] is None:
             return base
         assert shallow is not None
-        now, deep = shallow[0], base[0]
+        first, now, before = base[0], shallow[0], then[0]
+        assert first is not None
         assert now is not None
-        assert deep is not None
-        groups, width = parts[0].shape[:2]
-        moved = now.reshape(-1, groups, width).transpose(0, 1)
+        assert before is not None
+        moved = grouped(now - before, len(parts[0]))
         for matrix in parts:
             assert matrix is not None
             moved = moved @ matrix
-        return deep + moved.transpose(0, 1).reshape(deep.shape), *base[1:]
+        return first + moved.transpose(0, 1).reshape(first.shape), *base[1:]
 
     def cell_at(self, refreshes: int, distance: float, time: float) -> int | None:
         """Index of the cell that serves this distance and time, if any."""
@@ -256,35 +255,27 @@ class FittedBranches:
         }
 
 
-def known_inputs(
-    refreshes: Sequence[Refresh], step: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The shallow feature extrapolated to ``step``, and e with its differences, scaled to ``step``;
-    [..., C] each.
+def known_inputs(refreshes: Sequence[Refresh], step: int) -> list[torch.Tensor]:
+    """What the estimate at ``step`` looks at besides the shallow feature's change: e of the last
+    refresh, and its change since the one before, scaled to the distance; fp32 [..., C] each.
     """
-    shallow = [refresh.shallow[0] for refresh in refreshes if refresh.shallow is not None]
-    deep = [refresh.deep[0] for refresh in refreshes]
-    steps = [refresh.step for refresh in refreshes]
-    residuals, features = [], []
-    for f, d in zip(shallow, deep, strict=True):
-        assert f is not None
-        assert d is not None
-        features.append(f.float())
-        residuals.append(d.float() - f.float())
-    expected = _extrapolated(features, steps, step)
-    orders = [
-        _extrapolated(residuals[-count:], steps[-count:], step)
-        for count in range(1, len(residuals) + 1)
-    ]
-    known = [now - before for before, now in pairwise(orders)]
-    return expected, [orders[0], *known]
+    residuals = []
+    for refresh in refreshes[-HISTORY:]:
+        assert refresh.shallow is not None
+        shallow, deep = refresh.shallow[0], refresh.deep[0]
+        assert shallow is not None
+        assert deep is not None
+        residuals.append(deep.float() - shallow.float())
+    known = [residuals[-1]]
+    if len(residuals) > 1:
+        weight = extrapolation_weights([refresh.step for refresh in refreshes[-HISTORY:]], step)[0]
+        known.append((residuals[0] - residuals[1]) * weight)
+    return known
 
 
-def _extrapolated(points: Sequence[torch.Tensor], steps: Sequence[int], step: int) -> torch.Tensor:
-    total = torch.zeros_like(points[0])
-    for weight, point in zip(extrapolation_weights(steps, step), points, strict=True):
-        total.add_(point, alpha=weight)
-    return total
+def grouped(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[..., C] as [G, N, C/G]."""
+    return tensor.unflatten(-1, (groups, -1)).flatten(0, -3).transpose(0, 1)
 
 
 def bucket_of(time: float, time_buckets: int) -> int:

@@ -1,37 +1,31 @@
-"""Runs the demo: the same ten pictures by several settings, one table, one picture to judge by."""
+"""Runs the demo: the same samples by several settings, one table, one picture to judge by."""
 
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from skipcache import api
-from skipcache.demo.model import CLASS_NAMES, load_pipeline
+from skipcache.demo.model import DEFAULT_TASK, load_pipeline
+from skipcache.demo.tasks import Method, task_named
+from skipcache.errors import ConfigError
 from skipcache.evaluation.metrics import psnr
-from skipcache.evaluation.timing import DenoisingTimer, format_table, in_turns, speedups
+from skipcache.evaluation.timing import DenoisingTimer, format_table, in_turns
 from skipcache.runtime.stats import CacheStats
 
-if TYPE_CHECKING:
-    from diffusers import DiTPipeline
-
-UNCACHED = "uncached"
-SETTINGS: dict[str, dict[str, Any]] = {
-    "interval 2 (default)": {},
-    "interval 3": {"interval": 3},
-    "interval 4": {"interval": 4},
-    "interval 2, hold": {"estimator": "hold"},
-    "interval 3, hold": {"interval": 3, "estimator": "hold"},
-}
-PICTURED = (UNCACHED, "interval 2 (default)", "interval 3, hold")
 DIFFERENCE_GAIN = 8
-CELL, MARGIN, TITLE = 96, 132, 22  # pixels
+CELL, MARGIN, TITLE, LINE = 96, 132, 22, 14  # pixels
+LETTERS = 15  # of a caption that fit over a cell
+FRAME_MS = 125
 
 
 @dataclass(frozen=True)
@@ -39,27 +33,32 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        images: pictures by method, fp32 [10, 1, 32, 32] in 0..1.
+        task: its name.
+        images: samples by method, fp32 [N, F, 32, 32] in 0..1; a picture has one frame.
         seconds: measured denoising times by method.
-        stats: what each cached method did; None for the uncached one.
+        stats: what each cached method did; None for an uncached one.
     """
 
+    task: str
     images: dict[str, torch.Tensor]
     seconds: dict[str, list[float]]
     stats: dict[str, CacheStats | None]
 
     def table(self) -> str:
-        """One row a method, as Markdown."""
-        faster = speedups(self.seconds, UNCACHED)
+        """One row a method, as Markdown. Speedup and PSNR are those to its own baseline."""
         rows = []
-        for name, stats in self.stats.items():
+        for name, method in task_named(self.task).methods.items():
+            stats, seconds = self.stats[name], statistics.median(self.seconds[name])
+            speedup = statistics.median(self.seconds[method.baseline]) / seconds
             rows.append(
                 [
                     name,
-                    f"{statistics.median(self.seconds[name]):.2f}",
-                    f"{faster[name]:.2f}x",
+                    f"{seconds:.2f}",
+                    f"{speedup:.2f}x",
                     f"{stats.layers_run} of {stats.layers_total}" if stats else "all",
-                    f"{psnr(self.images[name], self.images[UNCACHED]):.1f}" if stats else "-",
+                    f"{psnr(self.images[name], self.images[method.baseline]):.1f}"
+                    if stats
+                    else "-",
                     f"{stats.cache_bytes / 1024:.0f}" if stats else "0",
                 ]
             )
@@ -78,80 +77,118 @@ class DemoResult:
 
 def run_demo(
     *,
+    task: str = DEFAULT_TASK,
     steps: int = 50,
     seed: int = 0,
-    guidance_scale: float = 2.0,
-    repeats: int = 5,
+    guidance_scale: float | None = None,
+    repeats: int | None = None,
     progress: Callable[[], object] | None = None,
-    pipeline: DiTPipeline | None = None,
+    pipeline: Any = None,
 ) -> DemoResult:
-    """Generates the ten classes by every setting, in turns, and measures.
+    """Generates the samples of a task by every method, in turns, and measures.
 
     Args:
+        task: one of ``TASKS``.
         steps: denoising steps.
         seed: of the initial noise, the same for every method.
         guidance_scale: classifier-free guidance; above 1 the transformer sees both passes in one
-            batch.
-        repeats: measured runs a method, after one warm-up.
-        progress: called after every run; there are ``(repeats + 1) * number_of_methods()`` of them.
-        pipeline: another pipeline of the kind of ``load_pipeline()``.
+            batch. None: the task's own.
+        repeats: measured runs a method, after one warm-up; None: the task's own.
+        progress: called after every run; there are ``(repeats + 1) * number_of_methods(task)`` of
+            them.
+        pipeline: another pipeline of the kind of ``load_pipeline(task=task)``.
+
+    Raises:
+        ConfigError: there is no such task.
+        SkipCacheError: its model is not there, or cannot be loaded.
     """
-    pipeline = pipeline if pipeline is not None else load_pipeline()
+    shown = task_named(task)
+    guidance = shown.guidance_scale if guidance_scale is None else guidance_scale
+    pipelines = {False: load_pipeline(task=task) if pipeline is None else pipeline}
+    if any(method.has_branches for method in shown.methods.values()):
+        pipelines[True] = load_pipeline(task=task, has_branches=True)
     images: dict[str, torch.Tensor] = {}
     stats: dict[str, CacheStats | None] = {}
 
-    def sample(name: str) -> float:
-        with DenoisingTimer(pipeline) as timer:
-            output = pipeline(
-                list(range(len(CLASS_NAMES))),
-                guidance_scale=guidance_scale,
+    def sample(name: str, method: Method) -> float:
+        pipe = pipelines[method.has_branches]
+        options = method.options
+        with (
+            nullcontext() if options is None else api.skip_cache(pipe, **options),
+            DenoisingTimer(pipe) as timer,
+        ):
+            output = pipe(
+                **shown.call,
+                guidance_scale=guidance,
                 num_inference_steps=steps,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
-            )
-        images[name] = output.images.float()
-        stats.setdefault(name, None)
+                return_dict=False,
+            )[0]
+            stats[name] = None if options is None else api.cache_stats(pipe)
+        # [N, 1, H, W], or [N, F, 1, H, W]
+        images[name] = output.float().flatten(1, -3)
         return timer.seconds
 
-    def sample_cached(name: str) -> float:
-        with api.skip_cache(pipeline, **SETTINGS[name]):
-            seconds = sample(name)
-            stats[name] = api.cache_stats(pipeline)
-        return seconds
-
-    variants: dict[str, Callable[[], float]] = {UNCACHED: partial(sample, UNCACHED)}
-    for name in SETTINGS:
-        variants[name] = partial(sample_cached, name)
-    seconds = in_turns(variants, repeats, progress)
-    return DemoResult(images, seconds, stats)
+    variants = {name: partial(sample, name, method) for name, method in shown.methods.items()}
+    seconds = in_turns(variants, shown.repeats if repeats is None else repeats, progress)
+    return DemoResult(task, images, seconds, stats)
 
 
-def number_of_methods() -> int:
-    """Methods that the demo compares, the uncached one included."""
-    return len(SETTINGS) + 1
+def number_of_methods(task: str = DEFAULT_TASK) -> int:
+    """Methods that the demo compares, the uncached ones included."""
+    return len(task_named(task).methods)
+
+
+def check_picture(path: Path) -> None:
+    """Makes the folder of the picture, before anything is sampled.
+
+    Raises:
+        ConfigError: no picture can have such a name.
+        OSError: the folder cannot be made.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(
+            f"{path} has no ending of a kind of picture. Use .png, or .gif for moving ones."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def save_picture(result: DemoResult, path: Path) -> None:
-    """Writes a PNG: a row of pictures for each method in ``PICTURED``, and of the differences,
-    amplified.
+    """Writes a row of samples for each pictured method, and of its amplified differences to its
+    baseline. Clips move.
     """
-    uncached = result.images[UNCACHED]
+    shown = task_named(result.task)
     rows: list[tuple[str, torch.Tensor]] = []
-    for name in PICTURED:
+    for name in shown.pictured:
+        baseline = shown.methods[name].baseline
         rows.append((name, result.images[name]))
-        if name != UNCACHED:
-            difference = (result.images[name] - uncached).abs() * DIFFERENCE_GAIN
+        if name != baseline:
+            difference = (result.images[name] - result.images[baseline]).abs() * DIFFERENCE_GAIN
             rows.append((f"its difference, x{DIFFERENCE_GAIN}", difference.clamp(0, 1)))
-    sheet = Image.new("L", (MARGIN + CELL * len(CLASS_NAMES), TITLE + CELL * len(rows)), color=255)
+    frames = rows[0][1].shape[1]
+    first, *others = [_draw_sheet(shown.captions, rows, frame) for frame in range(frames)]
+    if others:
+        first.save(path, save_all=True, append_images=others, duration=FRAME_MS, loop=0)
+    else:
+        first.save(path)
+
+
+def _draw_sheet(
+    captions: tuple[str, ...], rows: list[tuple[str, torch.Tensor]], frame: int
+) -> Image.Image:
+    """One frame of all samples, a column a caption."""
+    titles = [textwrap.wrap(caption, LETTERS) for caption in captions]
+    top = TITLE + LINE * (max(map(len, titles)) - 1)
+    sheet = Image.new("L", (MARGIN + CELL * len(captions), top + CELL * len(rows)), color=255)
     draw = ImageDraw.Draw(sheet)
-    for column, class_name in enumerate(CLASS_NAMES):
-        draw.text((MARGIN + column * CELL + 4, 6), class_name, fill=0)
-    for row, (name, pictures) in enumerate(rows):
-        draw.multiline_text(
-            (4, TITLE + row * CELL + CELL // 2 - 8), name.replace(", ", ",\n"), fill=0
-        )
-        for column, picture in enumerate(pictures):
-            pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
+    for column, lines in enumerate(titles):
+        draw.multiline_text((MARGIN + column * CELL + 4, 6), "\n".join(lines), fill=0)
+    for row, (name, samples) in enumerate(rows):
+        position = (4, top + row * CELL + CELL // 2 - 8)
+        draw.multiline_text(position, name.replace(", ", ",\n"), fill=0)
+        for column, sample in enumerate(samples[:, frame]):
+            pixels = (sample * 255).round().to(torch.uint8).numpy()
             cell = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
-            sheet.paste(cell, (MARGIN + column * CELL, TITLE + row * CELL))
-    sheet.save(path)
+            sheet.paste(cell, (MARGIN + column * CELL, top + row * CELL))
+    return sheet

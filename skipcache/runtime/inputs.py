@@ -36,8 +36,8 @@ class InputCheck:
             if size is not None and size not in rule.allowed:
                 allowed = " or ".join(str(number) for number in sorted(rule.allowed))
                 raise ConfigError(
-                    f"{rule.argument} has {size} {rule.what}, and this {self.name!r} model was made "
-                    f"for {allowed}."
+                    f"{rule.argument} has {size} {rule.what}, and this {self.name!r} model was "
+                    f"made for {allowed}."
                 )
 
     def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
