@@ -63,7 +63,9 @@ def apply_skip_cache(
         preset: name of settings for what is not given otherwise, such as ``"skip-dit/latte-t2v"``;
             default: see ``SkipCacheConfig``.
         branches: fitted branches as the estimator: what ``fit_skip_branches`` returned, its folder
-            or a hub id. Front and back layers are then those that it was fitted for.
+            or a hub id. Front and back layers are then those that it was fitted for. Default: the
+            fit whose files lie in the folder that the transformer was loaded from, if it was made
+            for these weights and layers, and the model has no skip branches of its own.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
             claims the model.
         config: a ``SkipCacheConfig``; options given beside it take precedence over its fields.
@@ -280,7 +282,7 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
 def _build(
     transformer: nn.Module, config: SkipCacheConfig, adapter: str | Backbone | object | None
 ) -> Controller:
-    from skipcache.branches.fitted import FittedBranches
+    from skipcache.branches.fitted import FittedBranches, fit_beside
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.layout import bind
 
@@ -289,6 +291,10 @@ def _build(
     used = config.resolve_preset(own_preset, bound.depth)
     front_layers, back_layers = used.resolve_layers(bound.depth)
     estimator = used.resolve_estimator(has_branches=bound.has_working_branches)
+    if used.estimator is None and not bound.has_working_branches:
+        own = fit_beside(transformer)
+        if own is not None and (own.front_layers, own.back_layers) == (front_layers, back_layers):
+            estimator = own
     if isinstance(estimator, FittedBranches):
         estimator.check_for(transformer, front_layers, back_layers)
     controller = Controller(

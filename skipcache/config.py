@@ -28,8 +28,8 @@ class SkipCacheConfig:
         back_layers: layers at the back that always run, at least 1; default 1.
         schedule: when, instead of ``interval`` and ``window``.
         estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an
-            ``Estimator``. Default: ``"hold"`` where the model has skip branches, else
-            ``"taylor(2)"`` (docs/explanation/defaults.md).
+            ``Estimator``. Default: ``"hold"`` where the model has skip branches, else the fit that
+            comes with the model, else ``"taylor(2)"`` (docs/explanation/defaults.md).
         preset: name of the settings that fill in window, layers and estimator where they are None
             here (``skipcache.presets``). Default: the model's own, where it has working skip
             branches and none of the fields above but ``interval`` is set.

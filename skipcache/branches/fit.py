@@ -1,24 +1,29 @@
 """The closed-form fit: skip branches for a frozen model, without training.
 
-Sampling runs with the cache on. At every reuse step the deep span runs besides, so that the true
-deep feature is known; it goes into normal equations, and sampling goes on with the estimate. What
-is fitted so are the errors that a cached run really makes. Memory does not depend on the number of
-samples.
+The calls are sampled once, uncached, and the features of a sample of their tokens are kept. On them
+any schedule can be walked without sampling again: at each reuse step, from noise to clean, ridge
+least squares give the matrix that predicts what ``residual`` misses there.
+
+The target is not the true deep feature alone. What earlier reuse steps of the walk got wrong is
+owed, and paid back in equal parts by the reuse steps up to the next refresh; the rest is forgotten
+bit by bit. A sampler sums its steps, so errors of one sign pile up, and errors that make up for
+each other do not (docs/how-to/fit-branches.md).
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
-from skipcache.api import apply_skip_cache, remove_skip_cache, skip_cache
+from skipcache.api import skip_cache
 from skipcache.branches.fitted import (
     FARTHEST,
-    HISTORY,
     Cell,
     FittedBranches,
     bucket_of,
@@ -28,13 +33,15 @@ from skipcache.branches.fitted import (
 )
 from skipcache.errors import ConfigError
 from skipcache.estimators import Refresh, Residual, Tensors
-from skipcache.runtime.controller import controller_of
-from skipcache.schedules import Schedule
+from skipcache.runtime.controller import Controller, controller_of
+from skipcache.runtime.store import Stream
+from skipcache.schedules import IntervalSchedule, Schedule
 from skipcache.targets import is_module, transformers_of
 
-MIXED_INTERVALS = (2, 3, 4, 5, 6)
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-ROUNDS = 2
+MIXED = {1: (2, 3, 4, 5, 6), 2: (2, 3)}  # intervals for all steps, and for every other one
+RIDGES = (1e-2, 1e-1, 1.0)
+WALKING_RIDGE = 0.1
+MEMORY = 0.19  # normalised time after which an owed error counts 1 / e; 0.9 a step of fifty
 
 
 def fit_skip_branches(
@@ -49,6 +56,7 @@ def fit_skip_branches(
     groups: int = 1,
     time_buckets: int = 1,
     ridge: float | None = None,
+    tokens: int = 8192,
     sampler: Callable[..., Any] | None = None,
     seed: int = 0,
 ) -> FittedBranches:
@@ -58,18 +66,21 @@ def fit_skip_branches(
         pipe: a pipeline with one transformer, or a bare transformer together with ``sampler``.
         calls: keyword arguments of one call of the pipeline each; the last tenth (at least one) is
             held out. A call without a ``generator`` gets one, seeded by its position.
-        interval: refresh every so many steps while fitting; default: 2 to 6 in turns.
-        schedule: when to refresh, instead of ``interval``.
+        interval: fit for a refresh every so many steps; default: for 2 to 6, and for half as many
+            steps as well.
+        schedule: fit for this one instead.
         front_layers: of the cache that it is for.
         back_layers: likewise.
         rank: of the matrices, by singular values in the metric of the inputs; default: full.
-        groups: channel groups that do not see each other; divides the width. With G groups the
-            normal equations of width C take 8 * 16 * C^2 / G bytes a distance.
-        time_buckets: equal parts of normalised time, each with matrices of its own.
-        ridge: relative to the mean of the diagonal; default: the best on the held-out calls.
+        groups: channel groups that do not see each other; divides the width.
+        time_buckets: equal parts of normalised time, each with matrices of its own; as many as
+            there are steps give the best fit and the largest file.
+        ridge: relative to the diagonal; default: the best on the held-out calls.
+        tokens: how many tokens are kept of each guidance pass, shared out among the calls; the
+            memory, 2 x steps x tokens x C values a pass, so does not grow with the number of calls.
         sampler: called as ``sampler(**call)`` in place of the pipeline; it must open a
             ``skip_cache_run`` if the cache cannot tell the steps of a run.
-        seed: of the generators.
+        seed: of the generators, and of the choice of tokens.
 
     Returns:
         The fit, for ``apply_skip_cache(pipe, branches=...)``. The pipeline is as it was, with what
@@ -80,7 +91,7 @@ def fit_skip_branches(
         SkipCacheError: as ``apply_skip_cache``.
     """
     asked = [dict(call) for call in calls]
-    _check(asked, interval, schedule, rank, groups, time_buckets, ridge)
+    _check(asked, interval, schedule, rank, groups, time_buckets, ridge, tokens)
     transformers = transformers_of(pipe)
     if len(transformers) != 1:
         raise ConfigError(
@@ -94,167 +105,333 @@ def fit_skip_branches(
         sampler = pipe
     _add_generators(asked, sampler, seed)
     held_out = max(1, len(asked) // 10)
+    recorder = _Recorder(max(1, tokens // len(asked)), seed)
     options: dict[str, Any] = {"front_layers": front_layers, "back_layers": back_layers}
-    learner = _Learner(groups, time_buckets)
-    with skip_cache(pipe, **options):  # puts back what was applied before
-        remove_skip_cache(pipe)
-        for number in range(ROUNDS):
-            learner.begin()
-            for index, call in enumerate(asked):
-                learner.is_held_out = index >= len(asked) - held_out
-                if schedule is not None:
-                    options["schedule"] = schedule
-                else:
-                    options["interval"] = interval or MIXED_INTERVALS[index % 5]
-                apply_skip_cache(pipe, estimator=learner, **options)
-                controller = controller_of(transformer)
-                assert controller is not None
-                controller.slot.witness = learner.observe
-                sampler(**_fresh(call))
-            learner.solve(rank if number == ROUNDS - 1 else None, ridge)
-    if not learner.has_data:
+    with skip_cache(pipe, interval=1, estimator=Residual(), **options):
+        controller = controller_of(transformer)
+        assert controller is not None
+        for index, call in enumerate(asked):
+            recorder.watch(controller, is_held_out=index >= len(asked) - held_out)
+            sampler(**call)
+    walks = _walks(interval, schedule)
+    cells = _Cells(groups, time_buckets, WALKING_RIDGE if ridge is None else ridge)
+    for features in recorder.features():
+        cells.walk(features, walks)
+    if not cells.equations:
         raise ConfigError(
-            "the calls reused nothing, so there is nothing to fit. Use more denoising steps, or a "
-            "schedule that leaves steps out."
+            "the schedule reuses nothing in these calls, so there is nothing to fit. Use more "
+            "denoising steps, or a schedule that leaves steps out."
         )
     made_by = (
         f"fit_skip_branches on {len(asked)} calls (the last {held_out} held out), "
-        f"{'schedule given' if schedule is not None else f'interval {interval or MIXED_INTERVALS}'}"
+        f"{'schedule given' if schedule is not None else f'interval {interval or MIXED[1]}'}"
     )
+    solved = cells.solve(RIDGES if ridge is None else (ridge,), rank)
     fit = FittedBranches(
-        learner.dim, front_layers, back_layers, *learner.solution(), time_buckets=time_buckets
+        recorder.dim, front_layers, back_layers, *solved, time_buckets=time_buckets
     )
     return with_base_model(fit, transformer, made_by)
 
 
+def _walks(interval: int | None, schedule: Schedule | None) -> list[tuple[int, Schedule]]:
+    """Strides over the steps, and schedules."""
+    if schedule is not None:
+        return [(1, schedule)]
+    if interval is not None:
+        return [(1, IntervalSchedule(interval, 0.98, 0.02))]
+    return [
+        (stride, IntervalSchedule(mixed, 0.98, 0.02))
+        for stride, intervals in MIXED.items()
+        for mixed in intervals
+    ]
+
+
+@dataclass
+class _Features:
+    """What is kept of the runs with the same times.
+
+    Attributes:
+        times: normalised, one a step.
+        shallow: of each step, rows [N, C].
+        deep: likewise.
+        is_held_out: bool [N].
+    """
+
+    times: tuple[float, ...]
+    shallow: list[torch.Tensor]
+    deep: list[torch.Tensor]
+    is_held_out: torch.Tensor
+
+
+@dataclass
+class _Trajectory:
+    """Of one stream of one run: times, and rows of the features at each."""
+
+    picked: torch.Tensor
+    is_held_out: bool
+    times: list[float] = field(default_factory=list)
+    shallow: list[torch.Tensor] = field(default_factory=list)
+    deep: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Recorder:
+    """Keeps the same tokens of every step of a run."""
+
+    def __init__(self, tokens: int, seed: int) -> None:
+        self.tokens, self.dim = tokens, 0
+        self.draw = torch.Generator().manual_seed(seed)
+        self.trajectories: list[_Trajectory] = []
+        self._current: dict[Stream, _Trajectory] = {}
+
+    def watch(self, controller: Controller, *, is_held_out: bool) -> None:
+        """Is shown the features of the next run."""
+        self._current = {}
+
+        def witness(shallow: Tensors, deep: Tensors) -> None:
+            now = controller.current
+            if now is not None and math.isfinite(now[0].time):
+                self._keep(now[1], now[0].time, shallow[0], deep[0], is_held_out)
+
+        controller.slot.witness = witness
+
+    def _keep(
+        self,
+        stream: Stream,
+        time: float,
+        shallow: torch.Tensor | None,
+        deep: torch.Tensor | None,
+        is_held_out: bool,
+    ) -> None:
+        assert shallow is not None
+        assert deep is not None
+        self.dim = deep.shape[-1]
+        count = deep.numel() // self.dim
+        if stream not in self._current:
+            picked = torch.randperm(count, generator=self.draw)[: self.tokens].sort().values
+            self._current[stream] = _Trajectory(picked, is_held_out)
+            self.trajectories.append(self._current[stream])
+        kept = self._current[stream]
+        kept.times.append(time)
+        for rows, feature in ((kept.shallow, shallow), (kept.deep, deep)):
+            rows.append(feature.reshape(count, -1)[kept.picked.to(feature.device)].cpu())
+
+    def features(self) -> list[_Features]:
+        """The runs of equal times side by side."""
+        alike: dict[tuple[float, ...], list[_Trajectory]] = defaultdict(list)
+        for trajectory in self.trajectories:
+            alike[tuple(trajectory.times)].append(trajectory)
+        found = []
+        for times, group in alike.items():
+            held_out = [torch.full((len(t.picked),), t.is_held_out) for t in group]
+            shallow = [torch.cat(rows) for rows in zip(*(t.shallow for t in group), strict=True)]
+            deep = [torch.cat(rows) for rows in zip(*(t.deep for t in group), strict=True)]
+            found.append(_Features(times, shallow, deep, torch.cat(held_out)))
+        return found
+
+
+_Key: TypeAlias = tuple[int, int, int]
+
+
 class _Equations:
-    """Normal equations of one cell, for fitting and held out, and sums of squares."""
+    """Normal equations of one cell, for fitting (0) and held out (1), and sums of squares.
+
+    Attributes:
+        xx: inputs times inputs.
+        xy: inputs times what ``residual`` misses, owed errors included.
+        xm: inputs times what it misses of the true deep feature alone.
+        owed: sum of squares of y.
+        missed: likewise of m.
+        hold: likewise of what ``hold`` misses.
+    """
 
     def __init__(self, groups: int, inputs: int, width: int) -> None:
         self.xx = torch.zeros(2, groups, inputs, inputs, dtype=torch.float64)
-        self.xy = torch.zeros(2, groups, inputs, width, dtype=torch.float64)
-        self.before = torch.zeros(2, dtype=torch.float64)  # squared error of residual
-        self.hold = torch.zeros(2, dtype=torch.float64)  # likewise of the last deep feature
+        self.xy, self.xm = torch.zeros(2, 2, groups, inputs, width, dtype=torch.float64)
+        self.owed, self.missed, self.hold = torch.zeros(3, 2, dtype=torch.float64)
         self.samples = [0, 0]
-        self.distances = 0.0
+        self.distances = self.spacings = 0.0
 
-    def error(self, weight: torch.Tensor) -> float:
-        """Relative squared error on the held-out part."""
-        left = self.before[1] - 2 * (weight * self.xy[1]).sum()
-        left = left + (weight * (self.xx[1] @ weight)).sum()
-        return float(left / self.hold[1].clamp_min(1e-300))
+    def add(self, other: _Equations) -> None:
+        """Sums both."""
+        for name in ("xx", "xy", "xm", "owed", "missed", "hold"):
+            getattr(self, name).add_(getattr(other, name))
+        self.samples = [own + more for own, more in zip(self.samples, other.samples, strict=True)]
+        self.distances += other.distances
+        self.spacings += other.spacings
+
+    def take(self, part: int, step: _Step, rows: torch.Tensor) -> None:
+        """Adds those rows of a step."""
+        x, y, missed = step.inputs[:, rows], step.wanted[:, rows], step.missed[:, rows]
+        self.xx[part] += x.mT @ x
+        self.xy[part] += x.mT @ y
+        self.xm[part] += x.mT @ missed
+        self.owed[part] += y.square().sum()
+        self.missed[part] += missed.square().sum()
+        self.hold[part] += step.held[:, rows].square().sum()
+        self.samples[part] += len(rows)
+        self.distances += step.distance * len(rows)
+        self.spacings += step.spacing * len(rows)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix, and the metric of its inputs."""
+        scale = self.xx[0].diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+        metric = self.xx[0] + torch.diag_embed(ridge * scale + 1e-9 * scale.mean())
+        return torch.linalg.solve(metric, self.xy[0]), metric
+
+    def left(self, weight: torch.Tensor) -> float:
+        """Share of y on the held-out part that the weight leaves: below 1 it helps."""
+        return float(self._left(weight, self.xy, self.owed) / self.owed[1].clamp_min(1e-300))
+
+    def errors(self, weight: torch.Tensor) -> tuple[float, float]:
+        """Squared error of the deep feature on the held-out part without and with the weight,
+        relative to that of ``hold``.
+        """
+        scale = self.hold[1].clamp_min(1e-300)
+        after = self._left(weight, self.xm, self.missed)
+        return float(self.missed[1] / scale), float(after / scale)
+
+    def _left(self, w: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> torch.Tensor:
+        return yy[1] - 2 * (w * xy[1]).sum() + (w * (self.xx[1] @ w)).sum()
 
 
-class _Learner:
-    """An estimator that estimates by what it has learnt so far, and is told what was true."""
+@dataclass
+class _Step:
+    """One reuse step of one walk; [G, N, .] in fp64 each.
 
-    history = HISTORY
-    needs_shallow = True
+    Attributes:
+        distance: normalised time since the last refresh.
+        spacing: that between the last two refreshes; 0 where there is one only.
+        inputs: what the matrix looks at.
+        wanted: what ``residual`` misses, owed errors included.
+        missed: what it misses of the true deep feature.
+        held: what ``hold`` misses of it.
+    """
 
-    def __init__(self, groups: int, time_buckets: int) -> None:
-        self.groups, self.time_buckets = groups, time_buckets
-        self.is_held_out = False
-        self.dim = 0
-        self.equations: dict[tuple[int, int, int], _Equations] = {}
-        self.weights: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
-        self.cells: dict[tuple[int, int, int], Cell] = {}
-        self._step: tuple[Sequence[Refresh], int, float] | None = None
-        self._seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    distance: float
+    spacing: float
+    inputs: torch.Tensor
+    wanted: torch.Tensor
+    missed: torch.Tensor
+    held: torch.Tensor
 
-    @property
-    def has_data(self) -> bool:
-        return bool(self.equations)
 
-    def begin(self) -> None:
-        self.equations = {}
+class _Walk:
+    """One schedule on recorded features: where it refreshes, and what it owes."""
 
-    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
-        self._step = refreshes, step, time
-        return Residual().prepare(refreshes, step, time)
+    def __init__(self, features: _Features, stride: int, schedule: Schedule, groups: int) -> None:
+        self.features, self.groups = features, groups
+        self.steps = range(0, len(features.times), stride)
+        plan = schedule.plan([features.times[i] for i in self.steps])
+        if plan is None:
+            raise ConfigError(f"{schedule!r} cannot plan ahead, so nothing can be fitted for it.")
+        self.reused: dict[int, int] = {}  # step: reuse steps from it to the next refresh
+        left = 0
+        for i, is_refresh in reversed(list(zip(self.steps, plan, strict=True))):
+            left = 0 if is_refresh else left + 1
+            if left:
+                self.reused[i] = left
+        self.owed = torch.zeros(1, dtype=torch.float64)
+        self.owed_at = features.times[0]
 
-    def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
-        assert self._step is not None
-        refreshes, step, time = self._step
-        base = Residual().estimate(prepared, shallow)
-        held, then, first = prepared[0][0], prepared[1][0], base[0]
-        assert shallow is not None
-        now = shallow[0]
-        assert held is not None
+    def refreshes(self, step: int) -> list[Refresh]:
+        before = [i for i in self.steps if i < step and i not in self.reused]
+        times, shallow, deep = self.features.times, self.features.shallow, self.features.deep
+        return [Refresh(i, times[i], (deep[i],), (shallow[i],)) for i in before[-2:]]
+
+    def look(self, step: int, refreshes: Sequence[Refresh]) -> _Step:
+        """The equations of that step."""
+        last, time = refreshes[-1], self.features.times[step]
+        then, held = last.shallow, last.deep[0]
         assert then is not None
-        assert now is not None
-        assert first is not None
-        self.dim = first.shape[-1]
-        if self.dim % self.groups:
-            raise ConfigError(f"groups={self.groups} does not divide the width {self.dim}.")
-        known = (now.float() - then.float(), *known_inputs(refreshes, step))
-        parts = [grouped(part, self.groups) for part in known]
-        inputs = torch.cat([*parts, torch.ones_like(parts[0][..., :1])], -1)  # [G, N, D]
-        self._seen = inputs, first.float(), held.float()
-        weight = self.weights.get(self._key(refreshes, step, time))
-        if weight is None:
-            return base
-        moved = inputs
-        for matrix in weight:
-            moved = moved @ matrix.to(inputs)
-        moved = moved.transpose(0, 1).reshape(first.shape)
-        return (first.float() + moved).to(first.dtype), *base[1:]
+        assert then[0] is not None
+        assert held is not None
+        change = self.features.shallow[step].double() - then[0].double()
+        deep = self.features.deep[step].double()
+        parts = [change, *known_inputs(refreshes, step)]
+        inputs = torch.cat([grouped(part.double(), self.groups) for part in parts], -1)
+        inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+        since = grouped(deep - held.double(), self.groups)
+        missed = since - grouped(change, self.groups)
+        self.owed = self.owed * math.exp((time - self.owed_at) / MEMORY)
+        self.owed_at = time
+        spacing = refreshes[0].time - last.time
+        wanted = missed + self.owed / self.reused[step]
+        return _Step(last.time - time, spacing, inputs, wanted, missed, since)
 
-    def observe(self, true: Tensors) -> None:
-        """Told the true deep feature of the step just estimated."""
-        assert self._step is not None
-        assert self._seen is not None
-        assert true[0] is not None
-        refreshes, step, time = self._step
-        distance = refreshes[-1].time - time
-        if not distance > 0:
-            return
-        inputs, base, last = self._seen
-        x, deep = inputs.double(), true[0].double()
-        missed = deep - base.double()
-        y = grouped(missed, self.groups)
-        key = self._key(refreshes, step, time)
-        if key not in self.equations:
-            self.equations[key] = _Equations(self.groups, x.shape[-1], y.shape[-1])
-        sums, part = self.equations[key], int(self.is_held_out)
-        sums.xx[part] += (x.transpose(1, 2) @ x).cpu()
-        sums.xy[part] += (x.transpose(1, 2) @ y).cpu()
-        sums.before[part] += missed.square().sum().cpu()
-        sums.hold[part] += (deep - last.double()).square().sum().cpu()
-        sums.samples[part] += x.shape[1]
-        sums.distances += distance * x.shape[1]
+    def go(self, step: _Step, weight: torch.Tensor) -> None:
+        """Goes on with the estimate: what it lacks is owed."""
+        self.owed = self.owed + step.missed - step.inputs @ weight
 
-    def solve(self, rank: int | None, ridge: float | None) -> None:
-        """Fits every cell, and leaves out those that do not help on the held-out calls."""
-        self.weights, self.cells = {}, {}
-        for key, sums in self.equations.items():
+
+class _Cells:
+    """The equations of all cells, by bucket, distance and spacing of the refreshes (grids)."""
+
+    def __init__(self, groups: int, time_buckets: int, ridge: float) -> None:
+        self.groups, self.time_buckets, self.ridge = groups, time_buckets, ridge
+        self.equations: dict[_Key, _Equations] = {}
+
+    def walk(self, features: _Features, schedules: Sequence[tuple[int, Schedule]]) -> None:
+        """Walks all schedules side by side, so that those that meet share a matrix."""
+        if features.deep[0].shape[-1] % self.groups:
+            width = features.deep[0].shape[-1]
+            raise ConfigError(f"groups={self.groups} does not divide the width {width}.")
+        walks = [_Walk(features, stride, when, self.groups) for stride, when in schedules]
+        parts = [torch.nonzero(features.is_held_out == held)[:, 0] for held in (False, True)]
+        for step, time in enumerate(features.times):
+            meeting: dict[_Key, list[tuple[_Walk, _Step]]] = defaultdict(list)
+            for walk in walks:
+                refreshes = walk.refreshes(step) if step in walk.reused else []
+                if refreshes and refreshes[-1].time > time:
+                    seen = walk.look(step, refreshes)
+                    meeting[self._key(seen, time)].append((walk, seen))
+            for key, met in meeting.items():
+                self._meet(key, met, parts)
+
+    def _meet(
+        self,
+        key: _Key,
+        met: Sequence[tuple[_Walk, _Step]],
+        parts: Sequence[torch.Tensor],
+    ) -> None:
+        inputs, width = met[0][1].inputs.shape[-1], met[0][1].wanted.shape[-1]
+        sums = _Equations(self.groups, inputs, width)
+        for _, seen in met:
+            for part, rows in enumerate(parts):
+                sums.take(part, seen, rows)
+        weight, _ = sums.solve(self.ridge)
+        for walk, seen in met:
+            walk.go(seen, weight)
+        if key in self.equations:
+            self.equations[key].add(sums)
+        else:
+            self.equations[key] = sums
+
+    def solve(
+        self, ridges: Sequence[float], rank: int | None
+    ) -> tuple[tuple[Cell, ...], tuple[tuple[torch.Tensor, ...], ...]]:
+        """Cells and matrices; those that do not help on the held-out calls are left out."""
+        cells, matrices = [], []
+        for (bucket, _, _), sums in sorted(self.equations.items()):
             if not all(sums.samples):
                 continue
-            scale = sums.xx[0].diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-            found = []
-            for candidate in RIDGES if ridge is None else (ridge,):
-                metric = sums.xx[0] + torch.diag_embed(candidate * scale + 1e-9 * scale.mean())
-                weight = torch.linalg.solve(metric, sums.xy[0])
-                found.append((sums.error(weight), candidate, weight, metric))
-            _, _, weight, metric = min(found, key=lambda item: item[0])
+            solved = [sums.solve(ridge) for ridge in ridges]
+            weight, metric = min(solved, key=lambda pair: sums.left(pair[0]))
             factors = _factored(weight, metric, rank)
             whole = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-            before = float(sums.before[1] / sums.hold[1].clamp_min(1e-300))
-            after = sums.error(whole)
-            if math.isfinite(after) and after < before:
-                distance = sums.distances / sum(sums.samples)
-                place = (distance, key[2], key[0], sums.samples[0])
-                self.cells[key] = Cell(*place, before, after)
-                self.weights[key] = tuple(factor.float().contiguous() for factor in factors)
+            if sums.left(whole) < 1:
+                distance, spacing = (s / sum(sums.samples) for s in (sums.distances, sums.spacings))
+                place = (distance, spacing, bucket, sums.samples[0])
+                cells.append(Cell(*place, *sums.errors(whole)))
+                matrices.append(tuple(factor.float().contiguous() for factor in factors))
+        return tuple(cells), tuple(matrices)
 
-    def solution(self) -> tuple[tuple[Cell, ...], tuple[tuple[torch.Tensor, ...], ...]]:
-        order = sorted(self.cells)
-        return tuple(self.cells[k] for k in order), tuple(self.weights[k] for k in order)
+    def _key(self, seen: _Step, time: float) -> _Key:
+        return bucket_of(time, self.time_buckets), _grid(seen.distance), _grid(seen.spacing)
 
-    def _key(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[int, int, int]:
-        """Refreshes, distance on a logarithmic grid, bucket."""
-        distance = refreshes[-1].time - time
-        grid = round(math.log(distance) / math.log(FARTHEST) * 4) if distance > 0 else 0
-        return len(refreshes), grid, bucket_of(time, self.time_buckets)
+
+def _grid(distance: float) -> int:
+    """Distances that are nearly the same get the same number."""
+    return round(math.log(distance) / math.log(FARTHEST) * 4) if distance > 0 else -1000
 
 
 def _factored(
@@ -267,19 +444,6 @@ def _factored(
     left, size, right = torch.linalg.svd(root.mT @ weight, full_matrices=False)
     scaled = left[..., :rank] * size[..., None, :rank]
     return torch.linalg.solve_triangular(root.mT, scaled, upper=True), right[..., :rank, :]
-
-
-def _fresh(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with generators in the state that they were given in, so that rounds agree."""
-
-    def renew(value: Any) -> Any:
-        if isinstance(value, torch.Generator):
-            return torch.Generator(value.device).set_state(value.get_state())
-        if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
-            return [renew(item) for item in value]
-        return value
-
-    return {name: renew(value) for name, value in call.items()}
 
 
 def _add_generators(calls: list[dict[str, Any]], sampler: Callable[..., Any], seed: int) -> None:
@@ -298,6 +462,7 @@ def _check(
     groups: int,
     time_buckets: int,
     ridge: float | None,
+    tokens: int,
 ) -> None:
     if len(calls) < 2:
         raise ConfigError(
@@ -306,7 +471,7 @@ def _check(
         )
     if interval is not None and schedule is not None:
         raise ConfigError("interval and schedule both say when to refresh. Pass one of them.")
-    counts = {"rank": rank, "groups": groups, "time_buckets": time_buckets}
+    counts = {"rank": rank, "groups": groups, "time_buckets": time_buckets, "tokens": tokens}
     for name, count in counts.items():
         is_whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         if not is_whole and (count is not None or name != "rank"):

@@ -1,4 +1,4 @@
-"""Fitted branches: the deep feature as a linear function of what is known of it, and their files."""
+"""Fitted branches: the deep feature as a linear function of what is known, and their files."""
 
 from __future__ import annotations
 
@@ -37,19 +37,24 @@ class Cell:
 
     Attributes:
         distance: normalised time since the last refresh.
+        spacing: that between the last two refreshes; 0 where there was one only.
         bucket: index of the time bucket, 0 = noise.
-        refreshes: number of refreshes looked at, 1 or 2.
         samples: tokens it was fitted on.
         error_before: squared error of ``residual``, relative to that of ``hold``.
         error_after: that of the fit, likewise.
     """
 
     distance: float
+    spacing: float
     bucket: int
-    refreshes: int
     samples: int
     error_before: float
     error_after: float
+
+    @property
+    def refreshes(self) -> int:
+        """Number of refreshes looked at."""
+        return 2 if self.spacing > 0 else 1
 
     @property
     def r2_before(self) -> float:
@@ -68,9 +73,9 @@ class FittedBranches:
 
     With f the shallow and d the deep feature, e = d - f, r the last refresh and r' the one before,
     the estimate at step t is ``f_t + e_r + W [f_t - f_r ; e_r ; s (e_r - e_r') ; 1]`` with
-    s = (t - r) / (r - r'), and one W per distance to the refresh, bucket of time and number of
-    refreshes cached. Where none is near enough it is ``residual``. Only the first of several
-    flowing tensors is corrected.
+    s = (t - r) / (r - r'), and one W per distance to the refresh, spacing of the two refreshes and
+    bucket of time. Where none is near enough it is ``residual``. Only the first of several flowing
+    tensors is corrected.
 
     Attributes:
         dim: width C of the first flowing tensor, which is [..., C].
@@ -101,7 +106,8 @@ class FittedBranches:
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
         deep, shallow = Residual().prepare(refreshes, step, time)
-        cell = self.cell_at(len(refreshes), refreshes[-1].time - time, time)
+        spacing = refreshes[0].time - refreshes[-1].time
+        cell = self.cell_at(refreshes[-1].time - time, spacing, time)
         first = deep[0]
         if cell is None or first is None or first.shape[-1] != self.dim:
             return deep, shallow, (None,)
@@ -133,18 +139,19 @@ class FittedBranches:
             moved = moved @ matrix
         return first + moved.transpose(0, 1).reshape(first.shape), *base[1:]
 
-    def cell_at(self, refreshes: int, distance: float, time: float) -> int | None:
-        """Index of the cell that serves this distance and time, if any."""
-        if not (distance > 0 and math.isfinite(time)):
+    def cell_at(self, distance: float, spacing: float, time: float) -> int | None:
+        """Index of the cell that serves this distance, spacing of refreshes and time, if any."""
+        if not (distance > 0 and spacing >= 0 and math.isfinite(time)):
             return None
         bucket = bucket_of(time, self.time_buckets)
-        near = [
-            (abs(math.log(cell.distance / distance)), index)
-            for index, cell in enumerate(self.cells)
-            if cell.refreshes == refreshes and cell.bucket == bucket
-        ]
-        gap, index = min(near, default=(math.inf, -1))
-        return index if gap <= math.log(FARTHEST) else None
+        near = []
+        for index, cell in enumerate(self.cells):
+            if cell.bucket == bucket and (cell.spacing > 0) == (spacing > 0):
+                gap = abs(math.log(cell.distance / distance))
+                other = abs(math.log(cell.spacing / spacing)) if spacing > 0 else 0.0
+                if gap <= math.log(FARTHEST):
+                    near.append((gap + other, index))
+        return min(near)[1] if near else None
 
     def _on(self, cell: int, part: int, like: torch.Tensor) -> torch.Tensor:
         key = (cell, part, like.device)
@@ -275,7 +282,8 @@ def known_inputs(refreshes: Sequence[Refresh], step: int) -> list[torch.Tensor]:
 
 def grouped(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """[..., C] as [G, N, C/G]."""
-    return tensor.unflatten(-1, (groups, -1)).flatten(0, -3).transpose(0, 1)
+    split: torch.Tensor = tensor.unflatten(-1, (groups, -1))
+    return split.flatten(0, -3).transpose(0, 1)
 
 
 def bucket_of(time: float, time_buckets: int) -> int:
@@ -300,6 +308,26 @@ def fit_from(source: object) -> FittedBranches:
     )
 
 
+def fit_beside(transformer: nn.Module) -> FittedBranches | None:
+    """The fit whose files lie beside the weights that the transformer was loaded from, if it was
+    made for these very weights.
+
+    Raises:
+        BranchFileError: the files are there, and cannot be read.
+    """
+    config = getattr(transformer, "config", None)
+    source = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    if not source or not (Path(source) / RECORD_FILE).is_file():
+        return None
+    record = read_record(Path(source))
+    if record.kind != "fitted" or record.base_model is None:
+        return None
+    expected, found = record.base_model, base_model_of(transformer)
+    if expected.name != found.name or expected.fingerprint.difference(found.fingerprint):
+        return None
+    return FittedBranches.from_pretrained(source)
+
+
 def with_base_model(fit: FittedBranches, transformer: nn.Module, made_by: str) -> FittedBranches:
     """The same fit, marked as that transformer's."""
     return replace(fit, record=BranchRecord("fitted", {}, base_model_of(transformer), made_by))
@@ -317,7 +345,7 @@ def _shapes(
     width = dim // groups
     for index, (cell, rank) in enumerate(zip(cells, ranks, strict=True)):
         inputs = (1 + cell.refreshes) * width + 1
-        if not cell.distance > 0 or not 1 <= cell.refreshes <= HISTORY:
+        if not cell.distance > 0 or not cell.spacing >= 0:
             raise ValueError(f"cell {cell} cannot be")
         if rank is None:
             shapes[f"cells.{index}.weight"] = (groups, inputs, width)

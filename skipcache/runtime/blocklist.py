@@ -102,17 +102,12 @@ class Slot:
     expected: FlowLayout = ()
     prepared: tuple[Tensors, ...] = ()
     probe: Callable[[Tensors], None] | None = None
-    witness: Callable[[Tensors], None] | None = None  # is told the true deep feature of a reuse
+    witness: Callable[[Tensors, Tensors], None] | None = (
+        None  # is shown the features of a forward that keeps none
+    )
     shallow: Tensors | None = None
     deep: Tensors | None = None
     entered: FlowLayout = field(default=())
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether the deep span does not run: on a reuse, unless somebody wants to see its
-        result.
-        """
-        return self.is_reuse and self.witness is None
 
     def clear(self) -> None:
         """Lets go of every tensor."""
@@ -142,7 +137,7 @@ class SpanBlock(StandIn):
         self.slot = slot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.slot.leaves_out:
+        if self.slot.is_reuse:
             return self.ports.hand_through(args, kwargs)
         return self.block(*args, **kwargs)
 
@@ -166,9 +161,9 @@ class EntryBlock(SpanBlock):
         slot.entered = layout_of(flow)
         if slot.is_reuse and slot.entered != slot.expected:
             slot.is_reuse = False
-        if slot.needs_shallow and (slot.is_reuse or slot.keeps):
+        if slot.needs_shallow and (slot.is_reuse or slot.keeps or slot.witness is not None):
             slot.shallow = copy_of(flow)
-        if slot.leaves_out:
+        if slot.is_reuse:
             if self.hands_outline:
                 args, kwargs = self.ports.write(args, kwargs, outline_of(flow))
             return self.ports.hand_through(args, kwargs)
@@ -184,11 +179,11 @@ class ResumeBlock(SpanBlock):
         slot = self.slot
         if slot.is_reuse:
             deep = slot.estimator.estimate(slot.prepared, slot.shallow)
-            if slot.witness is not None:
-                slot.witness(self.ports.read(args, kwargs))
             args, kwargs = self.ports.write(args, kwargs, deep)
         elif slot.keeps:
             slot.deep = copy_of(self.ports.read(args, kwargs))
+        elif slot.witness is not None and slot.shallow is not None:
+            slot.witness(slot.shallow, self.ports.read(args, kwargs))
         return self.block(*args, **kwargs)
 
 

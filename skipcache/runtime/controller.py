@@ -125,6 +125,11 @@ class Controller(Conductor):
                 run.fail()
         self.slot.clear()
 
+    @property
+    def current(self) -> tuple[Run, Stream] | None:
+        """Those of the forward under way."""
+        return self._current
+
     def stats(self) -> CacheStats:
         """Of the last run."""
         kept_layers = self.front_layers + self.back_layers
