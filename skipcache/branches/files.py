@@ -278,6 +278,15 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
     )
 
 
+def holds_branches(folder: Path) -> bool:
+    """Whether the folder holds the files of skip branches, and not those of a fit.
+
+    Raises:
+        BranchFileError: as ``read_record``.
+    """
+    return (folder / RECORD_FILE).is_file() and read_record(folder).kind == "branches"
+
+
 def _base_model(path: Path, text: Any) -> BaseModel | None:
     if text is None:
         return None

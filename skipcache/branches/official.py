@@ -57,7 +57,7 @@ def load_skip_dit(
         AdapterError: no adapter claims the model.
     """
     from skipcache.branches.build import build_from_checkpoint, build_from_folder
-    from skipcache.branches.files import RECORD_FILE, BranchRecord, base_model_of
+    from skipcache.branches.files import BranchRecord, base_model_of, holds_branches
     from skipcache.branches.layouts import Told
     from skipcache.branches.module import SkipBranches
 
@@ -69,7 +69,7 @@ def load_skip_dit(
                 f"{source} is a folder, and its config.json says what {told} would. Leave it out."
             )
         branches = None
-        if (source / RECORD_FILE).exists():
+        if holds_branches(source):
             branches = _cast(SkipBranches.from_pretrained(source), kind)
         model = build_from_folder(source, dtype=kind, progress=progress)
     else:

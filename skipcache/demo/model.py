@@ -115,7 +115,9 @@ def load_pipeline(
         kind = getattr(importlib.import_module(module), name)
         pipeline = kind.from_pretrained(found, local_files_only=True, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    if (found / "transformer" / "skip_branches.json").is_file():
+    from skipcache.branches.files import holds_branches
+
+    if holds_branches(found / "transformer"):
         from skipcache.branches.retrofit import add_skip_branches
 
         add_skip_branches(pipeline, found / "transformer")

@@ -55,7 +55,7 @@ def error_table(fit: FittedBranches) -> str:
     return format_table(columns, rows)
 
 
-def fits(seeds: int = 8) -> str:
+def fits(seeds: int = 4) -> str:
     """Fits the demo model, and compares the fit with every estimator.
 
     Two tables: the error of the deep feature, and PSNR to the uncached pictures in dB, mean over
