@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
-import skipcache.branches.fit as fit_module
 from pipelines import transformer_of
 from skipcache import (
     FittedBranches,
@@ -24,7 +24,10 @@ from skipcache import (
     skip_cache,
     skip_cache_run,
 )
+from skipcache.branches import walks
+from skipcache.branches.recorder import Features
 from skipcache.demo import load_pipeline
+from skipcache.demo.model import MODEL_FOLDER
 from skipcache.errors import BranchError, BranchFileError, BranchWarning, ConfigError
 from skipcache.estimators import Refresh
 
@@ -51,11 +54,12 @@ def sample(pipe, seed: int = 9) -> torch.Tensor:
 
 
 def test_the_matrices_lower_the_held_out_error(fit):
-    """The matrices lower the error of the deep feature on calls that they were not fitted on. (Single
-    ones may not: they pay back what earlier steps owe.)
+    """The matrices lower the error of the deep feature on calls that they were not fitted on.
+
+    All together: a single one may not, as it pays back what earlier steps owe.
     """
     assert fit.cells
-    assert all(0 <= cell.error_after for cell in fit.cells)
+    assert all(cell.error_after >= 0 for cell in fit.cells)
     before, after = (
         sum(getattr(cell, name) for cell in fit.cells) for name in ("error_before", "error_after")
     )
@@ -98,12 +102,12 @@ def test_estimate_is_the_formula(fit):
         assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def features_of(shallow: torch.Tensor, deep: torch.Tensor) -> fit_module._Features:
+def features_of(shallow: torch.Tensor, deep: torch.Tensor) -> Features:
     """Recorded features [T, N, C] of T steps from time 0.9 down; the last fifth is held out."""
     times = tuple(0.9 - 0.1 * step for step in range(len(deep)))
     rows = torch.arange(deep.shape[1])
     is_held_out = rows >= 4 * deep.shape[1] // 5
-    return fit_module._Features(times, [*shallow], [*deep], is_held_out)
+    return Features(times, [*shallow], [*deep], is_held_out)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -118,7 +122,7 @@ def test_a_linear_model_is_learnt_exactly(rank):
     inputs = torch.cat([shallow[3] - shallow[2], e, (e - before) / 2, torch.ones(500, 1)], -1)
     deep[1] = shallow[1] + before  # nothing to learn, and nothing owed
     deep[3] = shallow[3] + e + inputs @ truth
-    cells = fit_module._Cells(1, 1, 1e-9)
+    cells = walks.Cells(1, 1, 1e-9)
     cells.walk(features_of(shallow, deep), [(1, MaskSchedule([0, 2]))])
     found = dict(zip(*cells.solve((1e-9,), rank), strict=True))
     (factors,) = (matrix for cell, matrix in found.items() if cell.refreshes == 2)
@@ -136,7 +140,7 @@ def test_what_a_walk_owes_is_added_to_its_next_target():
     """
     draw = torch.Generator().manual_seed(2)
     shallow, deep = torch.randn(2, 3, 10, 4, generator=draw).double()
-    walk = fit_module._Walk(features_of(shallow, deep), 1, MaskSchedule([0, 3]), 1)
+    walk = walks.Walk(features_of(shallow, deep), 1, MaskSchedule([0, 3]), 1)
     missed = [(deep[i] - deep[0]) - (shallow[i] - shallow[0]) for i in range(3)]
     first = walk.look(1, walk.refreshes(1))
     weight = torch.randn(1, 9, 4, generator=draw).double()
@@ -145,7 +149,7 @@ def test_what_a_walk_owes_is_added_to_its_next_target():
     second = walk.look(2, walk.refreshes(2))
     owed = missed[1] - first.inputs[0] @ weight[0]
     assert torch.allclose(second.missed[0], missed[2])
-    wanted = missed[2] + owed * math.exp(-0.1 / fit_module.MEMORY)
+    wanted = missed[2] + owed * math.exp(-0.1 / walks.MEMORY)
     assert torch.allclose(second.wanted[0], wanted)
 
 
@@ -191,8 +195,42 @@ def test_applied_from_object_and_from_folder_alike(pipe, fit, tmp_path):
         assert cache_stats(pipe).reused > 0
     with skip_cache(pipe, interval=3, branches=fit.save_pretrained(tmp_path)):
         assert torch.equal(sample(pipe), direct)
-    with skip_cache(pipe, interval=3):
+    with skip_cache(pipe, interval=3, estimator="residual"):
         assert not torch.equal(sample(pipe), direct)
+
+
+def test_the_fit_beside_the_weights_is_the_default(tmp_path):
+    """A model loaded from a folder with a fit of its own uses it: the demo model, and a copy of its
+    folder. With other weights, layers or an estimator asked for, it does not.
+    """
+    folder = tmp_path / "copy"
+    shutil.copytree(MODEL_FOLDER, folder)
+    plain = FittedBranches.from_pretrained(folder / "transformer")
+    for pipe in (load_pipeline(), load_pipeline(folder)):
+        samples = {}
+        for name, options in {
+            "default": {},
+            "fit": {"branches": plain},
+            "taylor(2)": {"estimator": "taylor(2)"},
+        }.items():
+            with skip_cache(pipe, interval=3, **options):
+                samples[name] = sample(pipe)
+        assert torch.equal(samples["default"], samples["fit"])
+        assert not torch.equal(samples["default"], samples["taylor(2)"])
+    with skip_cache(pipe, interval=3, front_layers=2):
+        other = sample(pipe)
+    with skip_cache(pipe, interval=3, front_layers=2, estimator="taylor(2)"):
+        assert torch.equal(sample(pipe), other)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.1)
+    with skip_cache(pipe, interval=3):
+        other = sample(pipe)
+    with skip_cache(pipe, interval=3, estimator="taylor(2)"):
+        assert torch.equal(sample(pipe), other)
+    (folder / "transformer" / "skip_branches.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(BranchFileError):
+        apply_skip_cache(load_pipeline(folder))
 
 
 def test_refreshing_always_changes_nothing(pipe, fit):
