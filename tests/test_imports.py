@@ -34,7 +34,13 @@ LAYERS = [
     },
     {"hookspecs", "plugins", "runtime"},
     {"api"},
-    {"retrofit", "fit", "official"},  # of branches: they need the functions of api
+    {
+        "retrofit",
+        "fit",
+        "recorder",
+        "walks",
+        "official",
+    },  # of branches: they need the functions of api
     {"recipes", "training", "evaluation", "testing", "demo"},
     {"cli", "__main__"},
 ]
