@@ -295,6 +295,7 @@ def test_a_bare_transformer_is_fitted_from_its_sampler():
         ({"interval": 1}, "reuses nothing"),
         ({"interval": 2, "schedule": IntervalSchedule(2, 1.0, 0.0)}, "Pass one"),
         ({"rank": 0}, "rank"),
+        ({"full_rank_above": 2.0}, "full_rank_above"),
         ({"groups": 7}, "does not divide"),
         ({"time_buckets": 0}, "time_buckets"),
         ({"ridge": float("nan")}, "ridge"),

@@ -39,6 +39,7 @@ def fit_skip_branches(
     front_layers: int = 1,
     back_layers: int = 1,
     rank: int | None = None,
+    full_rank_above: float = 1.0,
     groups: int = 1,
     time_buckets: int = 1,
     ridge: float | None = None,
@@ -58,6 +59,8 @@ def fit_skip_branches(
         front_layers: of the cache that it is for.
         back_layers: likewise.
         rank: of the matrices, by singular values in the metric of the inputs; default: full.
+        full_rank_above: normalised time above which they keep their full rank all the same, for
+            early errors count most.
         groups: channel groups that do not see each other; divides the width.
         time_buckets: equal parts of normalised time, each with matrices of its own; as many as
             there are steps give the best fit and the largest file.
@@ -78,6 +81,8 @@ def fit_skip_branches(
     """
     asked = [dict(call) for call in calls]
     _check(asked, interval, schedule, rank, groups, time_buckets, ridge, tokens)
+    if not 0 <= full_rank_above <= 1:
+        raise ConfigError(f"full_rank_above is {full_rank_above!r}. It is a time from 0 to 1.")
     transformers = transformers_of(pipe)
     if len(transformers) != 1:
         raise ConfigError(
@@ -112,7 +117,7 @@ def fit_skip_branches(
         f"fit_skip_branches on {len(asked)} calls (the last {held_out} held out), "
         f"{'schedule given' if schedule is not None else f'interval {interval or MIXED[1]}'}"
     )
-    solved = cells.solve(RIDGES if ridge is None else (ridge,), rank)
+    solved = cells.solve(RIDGES if ridge is None else (ridge,), rank, full_rank_above)
     fit = FittedBranches(
         recorder.dim, front_layers, back_layers, *solved, time_buckets=time_buckets
     )

@@ -202,7 +202,7 @@ class Cells:
             self.equations[key] = sums
 
     def solve(
-        self, ridges: Sequence[float], rank: int | None
+        self, ridges: Sequence[float], rank: int | None, full_rank_above: float = 1.0
     ) -> tuple[tuple[Cell, ...], tuple[tuple[torch.Tensor, ...], ...]]:
         """Cells and matrices; those that do not help on the held-out calls are left out."""
         cells, matrices = [], []
@@ -211,7 +211,8 @@ class Cells:
                 continue
             solved = [sums.solve(ridge) for ridge in ridges]
             weight, metric = min(solved, key=lambda pair: sums.left(pair[0]))
-            factors = _factored(weight, metric, rank)
+            is_early = 1 - (bucket + 1) / self.time_buckets >= full_rank_above
+            factors = _factored(weight, metric, None if is_early else rank)
             whole = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
             if sums.left(whole) < 1:
                 distance, spacing = (s / sum(sums.samples) for s in (sums.distances, sums.spacings))

@@ -16,8 +16,8 @@ from skipcache.evaluation.timing import format_table
 
 ESTIMATORS = ("hold", "residual", "taylor(1)", "taylor(2)")
 CASES = ((50, (2, 3, 4, 5, 6)), (20, (2, 3)))
-CALLS = (*(50,) * 12, *(20,) * 6, 50, 20)  # their steps; the last two are held out
-LABELS, BUCKETS, RANK = 20, 50, 40
+CALLS, LABELS, BUCKETS = 16, 20, 50
+RANK, FULL_RANK_ABOVE = 24, 0.7
 FIRST_SEED = 10_000  # of the calls fitted on; those compared have seeds from 0
 
 
@@ -31,9 +31,15 @@ def call_of(steps: int, labels: int = 10) -> dict[str, Any]:
 
 
 def demo_fit(pipeline: Any) -> FittedBranches:
-    """The fit that comes with the demo model: 400 samples of 50 and 20 steps, 40 held out."""
-    calls = [{**call_of(steps, LABELS), "output_type": "latent"} for steps in CALLS]
-    return fit_skip_branches(pipeline, calls, time_buckets=BUCKETS, rank=RANK, seed=FIRST_SEED)
+    """The fit that comes with the demo model: 320 samples of 50 steps, 20 of them held out."""
+    return fit_skip_branches(
+        pipeline,
+        [{**call_of(50, LABELS), "output_type": "latent"}] * CALLS,
+        time_buckets=BUCKETS,
+        rank=RANK,
+        full_rank_above=FULL_RANK_ABOVE,
+        seed=FIRST_SEED,
+    )
 
 
 def error_table(fit: FittedBranches) -> str:
