@@ -291,12 +291,12 @@ def _build(
     used = config.resolve_preset(own_preset, bound.depth)
     front_layers, back_layers = used.resolve_layers(bound.depth)
     estimator = used.resolve_estimator(has_branches=bound.has_working_branches)
-    if used.estimator is None and not bound.has_working_branches:
-        own = fit_beside(transformer)
-        if own is not None and (own.front_layers, own.back_layers) == (front_layers, back_layers):
-            estimator = own
     if isinstance(estimator, FittedBranches):
         estimator.check_for(transformer, front_layers, back_layers)
+    if used.estimator is None and not bound.has_working_branches:
+        own = fit_beside(transformer)  # checked against the model already
+        if own is not None and (own.front_layers, own.back_layers) == (front_layers, back_layers):
+            estimator = own
     controller = Controller(
         transformer, bound, front_layers, back_layers, used.resolve_schedule(), estimator
     )

@@ -80,9 +80,7 @@ def fit_skip_branches(
         SkipCacheError: as ``apply_skip_cache``.
     """
     asked = [dict(call) for call in calls]
-    _check(asked, interval, schedule, rank, groups, time_buckets, ridge, tokens)
-    if not 0 <= full_rank_above <= 1:
-        raise ConfigError(f"full_rank_above is {full_rank_above!r}. It is a time from 0 to 1.")
+    _check(asked, interval, schedule, rank, full_rank_above, groups, time_buckets, ridge, tokens)
     transformers = transformers_of(pipe)
     if len(transformers) != 1:
         raise ConfigError(
@@ -150,6 +148,7 @@ def _check(
     interval: int | None,
     schedule: Schedule | None,
     rank: int | None,
+    full_rank_above: float,
     groups: int,
     time_buckets: int,
     ridge: float | None,
@@ -167,5 +166,7 @@ def _check(
         is_whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         if not is_whole and (count is not None or name != "rank"):
             raise ConfigError(f"{name} is {count!r}. It is a whole number from 1.")
+    if not 0 <= full_rank_above <= 1:
+        raise ConfigError(f"full_rank_above is {full_rank_above!r}. It is a time from 0 to 1.")
     if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
         raise ConfigError(f"ridge is {ridge!r}. It is a finite number from 0.")

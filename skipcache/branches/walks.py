@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-from skipcache.branches.fitted import FARTHEST, Cell, bucket_of, grouped, known_inputs
+from skipcache.branches.fitted import FARTHEST, HISTORY, Cell, bucket_of, grouped, known_inputs
 from skipcache.branches.recorder import Features
 from skipcache.errors import ConfigError
 from skipcache.estimators import Refresh
@@ -131,7 +131,7 @@ class Walk:
     def refreshes(self, step: int) -> list[Refresh]:
         before = [i for i in self.steps if i < step and i not in self.reused]
         times, shallow, deep = self.features.times, self.features.shallow, self.features.deep
-        return [Refresh(i, times[i], (deep[i],), (shallow[i],)) for i in before[-2:]]
+        return [Refresh(i, times[i], (deep[i],), (shallow[i],)) for i in before[-HISTORY:]]
 
     def look(self, step: int, refreshes: Sequence[Refresh]) -> Step:
         """The equations of that step."""

@@ -102,9 +102,8 @@ class Slot:
     expected: FlowLayout = ()
     prepared: tuple[Tensors, ...] = ()
     probe: Callable[[Tensors], None] | None = None
-    witness: Callable[[Tensors, Tensors], None] | None = (
-        None  # is shown the features of a forward that keeps none
-    )
+    # Is shown the shallow and deep feature of a forward that keeps none.
+    witness: Callable[[Tensors, Tensors], None] | None = None
     shallow: Tensors | None = None
     deep: Tensors | None = None
     entered: FlowLayout = field(default=())
