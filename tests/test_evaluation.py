@@ -66,6 +66,8 @@ def test_variants_run_in_turns():
     assert order == ["slow", "fast"] * 4
     assert seconds == {"slow": [4.0, 2.0, 6.0], "fast": [2.0, 1.0, 3.0]}
     assert speedups(seconds, "slow") == {"slow": 1.0, "fast": 2.0}
+    # A machine that slows down from turn to turn: medians of each alone would say 3.
+    assert speedups({"slow": [2.0, 6.0, 12.0], "fast": [1.0, 2.0, 6.0]}, "slow")["fast"] == 2.0
 
 
 def test_table_is_markdown():

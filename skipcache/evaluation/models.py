@@ -58,10 +58,10 @@ def sample_inputs(transformer: DiTTransformer2DModel, batch: int = 2) -> dict[st
 
 
 def latte_1(
-    layers: int = 8, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
+    layers: int = 14, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Text-to-video Latte of the width of Latte-1 (16 heads of 72 channels, 1152), random weights,
-    fp32. Cut, where nothing else is said: 8 of 28 layers, 4 of 16 frames, 64 of 1024 tokens a
+    fp32. Cut, where nothing else is said: 14 of 28 layers, 4 of 16 frames, 64 of 1024 tokens a
     frame.
 
     Args:
@@ -103,10 +103,10 @@ def latte_1(
 
 
 def latte_class(
-    layers: int = 8, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
+    layers: int = 14, frames: int = 4, sample_size: int = 16, heads: int = 16, head_width: int = 72
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Class-to-video Latte-XL/2 (width 1152, arXiv:2401.03048), random weights, fp32. Cut: 8 of 14
-    layers, 4 of 16 frames, 64 of 256 tokens a frame.
+    """Class-to-video Latte-XL/2 (width 1152, arXiv:2401.03048), random weights, fp32. Cut: 4 of 16
+    frames, 64 of 256 tokens a frame.
 
     Args:
         layers: as in ``latte_1``.
@@ -138,10 +138,10 @@ def latte_class(
 
 
 def hunyuan_g_2(
-    layers: int = 8, sample_size: int = 32, heads: int = 16, head_width: int = 88
+    layers: int = 20, sample_size: int = 32, heads: int = 16, head_width: int = 88
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """HunyuanDiT-g/2 (width 1408, MLP ratio 4.3637, arXiv:2405.08748), random weights, fp32. Cut: 8
-    of 40 layers, 256 of 4096 tokens, 16 + 16 text tokens of 77 + 256.
+    """HunyuanDiT-g/2 (width 1408, MLP ratio 4.3637, arXiv:2405.08748), random weights, fp32. Cut:
+    20 of 40 layers, 256 of 4096 tokens, 16 + 16 text tokens of 77 + 256.
 
     Args:
         layers: depth L, even.

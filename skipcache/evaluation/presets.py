@@ -24,12 +24,12 @@ from skipcache.runtime.stats import CacheStats
 from skipcache.schedules import MaskSchedule
 
 
-def presets(repeats: int = 3, steps: int = 8) -> str:
+def presets(repeats: int = 7, steps: int = 8) -> str:
     """Speedup of each preset at interval 2 against the ideal for the layers run."""
     rows = [
-        row("Latte-1 width, 8 layers, 4 x 64 tokens", *models.latte_1(), repeats, steps),
-        row("Latte-XL/2 width, 8 layers, 4 x 64 tokens", *models.latte_class(), repeats, steps),
-        row("HunyuanDiT-g/2 width, 8 layers, 256 tokens", *models.hunyuan_g_2(), repeats, steps),
+        row("Latte-1 width, 14 layers, 4 x 64 tokens", *models.latte_1(), repeats, steps),
+        row("Latte-XL/2, 14 layers, 4 x 64 tokens", *models.latte_class(), repeats, steps),
+        row("HunyuanDiT-g/2 width, 20 layers, 256 tokens", *models.hunyuan_g_2(), repeats, steps),
     ]
     columns = ["transformer", "preset", "plan", "uncached, s", "cached, s"]
     columns += ["speedup (wall-clock)", "ideal (layers)", "of ideal"]

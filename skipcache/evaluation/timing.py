@@ -87,9 +87,17 @@ def in_turns(
 
 
 def speedups(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
-    """Median seconds of the baseline over median seconds of each variant."""
-    reference = statistics.median(seconds[baseline])
-    return {name: reference / statistics.median(values) for name, values in seconds.items()}
+    """Seconds of the baseline over those of each variant in the same turn, median over the turns.
+
+    Within a turn they ran one after the other, so that a machine that gets slower or faster over
+    minutes changes both.
+    """
+    return {
+        name: statistics.median(
+            reference / value for reference, value in zip(seconds[baseline], values, strict=True)
+        )
+        for name, values in seconds.items()
+    }
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
