@@ -15,7 +15,7 @@ from skipcache.api import (
     skip_cache,
     skip_cache_run,
 )
-from skipcache.backbone import Backbone, BlockList, InputSize, Timestep, Zipped
+from skipcache.backbone import Backbone, BlockList, InputSize, Timestep, WholeCall, Zipped, is_named
 from skipcache.branches.retrofit import (
     add_skip_branches,
     freeze_backbone,
@@ -66,6 +66,7 @@ __all__ = [
     "SkipCacheWarning",
     "Taylor",
     "Timestep",
+    "WholeCall",
     "Zipped",
     "add_skip_branches",
     "apply_skip_cache",
@@ -74,6 +75,7 @@ __all__ = [
     "fit_skip_branches",
     "freeze_backbone",
     "hookimpl",
+    "is_named",
     "is_skip_cached",
     "load_skip_dit",
     "register_adapter",

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipcache.backbone import Backbone
 from skipcache.config import SkipCacheConfig
-from skipcache.errors import ConfigError, NotAppliedError, UnknownOptionError, did_you_mean
+from skipcache.errors import (
+    ConfigError,
+    NoAdapterError,
+    NotAppliedError,
+    UnknownOptionError,
+    did_you_mean,
+)
 from skipcache.plugins import resolve_backbone
 from skipcache.schedules import Schedule
 from skipcache.targets import is_module, transformers_of
@@ -67,7 +73,9 @@ def apply_skip_cache(
             fit whose files lie in the folder that the transformer was loaded from, if it was made
             for these weights and layers, and the model has no skip branches of its own.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
-            claims the model.
+            claims the model. ``"auto"``: where none does, the first forward is traced, a
+            ``Backbone`` guessed and checked on the spot, and used if every check passes; if not,
+            that forward raises ``AdapterError`` and the cache is taken off.
         config: a ``SkipCacheConfig``; options given beside it take precedence over its fields.
 
     Returns:
@@ -99,7 +107,8 @@ def apply_skip_cache(
     )
     transformers = transformers_of(target)
     built = [
-        (transformer, _build(transformer, config, adapter)) for transformer in transformers.values()
+        (transformer, build_controller(transformer, config, adapter))
+        for transformer in transformers.values()
     ]
     _install(target, built)
     return target
@@ -279,9 +288,21 @@ def _merge(config: SkipCacheConfig | None, **options: Any) -> SkipCacheConfig:
     return dataclasses.replace(config, **given)
 
 
-def _build(
+def build_controller(
     transformer: nn.Module, config: SkipCacheConfig, adapter: str | Backbone | object | None
 ) -> Controller:
+    """Everything that ``apply_skip_cache`` installs on one transformer, which is not touched.
+
+    Raises:
+        SkipCacheError: as ``apply_skip_cache``.
+    """
+    if adapter == "auto":
+        try:
+            adapter = resolve_backbone(transformer, None)
+        except NoAdapterError:
+            from skipcache.testing.auto import GuessingController
+
+            return GuessingController(transformer, config)
     from skipcache.branches.fitted import FittedBranches, fit_beside
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.layout import bind
@@ -349,7 +370,9 @@ def conduct_branches(transformer: nn.Module, backbone: Backbone) -> None:
 
     controller = controller_of(transformer)
     if controller is not None:
-        _install(transformer, [(transformer, _build(transformer, controller.config, backbone))])
+        _install(
+            transformer, [(transformer, build_controller(transformer, controller.config, backbone))]
+        )
     elif attached_branches(transformer) is None:
         replace_conductor(transformer, None)
     else:

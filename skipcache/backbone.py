@@ -26,10 +26,15 @@ class BlockList:
         relayouts: whether the model copies what flows into another layout between blocks, and
             nowhere writes into it. Layers that are left out then hand on an outline of it, a zero
             expanded to its shape, whose relayouts are views and cost nothing.
+        joins: where the one tensor that flows here is several of the list before, joined along
+            their tokens (axis 1): the names of those, in that order. Estimators that compare the
+            shallow feature with the deep one then work across the two lists.
+        breaks: indices of blocks from which on the same names hold other tensors (the first block
+            of a decoder that begins anew): such estimators do not work across them.
 
     Raises:
-        AdapterError: an empty path, no flowing tensor, a returned name that is not taken, or layers
-            without a block.
+        AdapterError: an empty path, no flowing tensor, a returned name that is not taken, layers
+            without a block, or joins where several tensors flow.
     """
 
     path: str
@@ -37,6 +42,8 @@ class BlockList:
     returns: str | tuple[str | None, ...] = "hidden_states"
     blocks_per_layer: int = 1
     relayouts: bool = False
+    joins: tuple[str, ...] = ()
+    breaks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -61,11 +68,29 @@ class BlockList:
                 f"BlockList {self.path!r}: blocks_per_layer={self.blocks_per_layer!r}. It is a "
                 "whole number, at least 1."
             )
+        if self.joins and (isinstance(self.joins, str) or len(self.takes) != 1):
+            raise AdapterError(
+                f"BlockList {self.path!r}: joins={self.joins!r} is a tuple of names, for a list in "
+                f"which one tensor flows, not {self.takes!r}."
+            )
 
     @property
     def returned(self) -> tuple[str | None, ...]:
         """``returns`` as a tuple, also where it is a bare tensor."""
         return (self.returns,) if isinstance(self.returns, str) else tuple(self.returns)
+
+    def form_from(self, earlier: BlockList) -> tuple[int, ...] | None:
+        """How what flows in an earlier list gets the form of what flows in this one.
+
+        Returns:
+            Indices of the earlier list's tensors that are to be joined along their tokens; none of
+            them where the tensors are the same; None where they cannot be compared.
+        """
+        if earlier == self or (earlier.takes == self.takes and not self.joins):
+            return ()
+        if self.joins and set(self.joins) <= set(earlier.takes):
+            return tuple(earlier.takes.index(name) for name in self.joins)
+        return None
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,32 @@ class InputSize:
             raise AdapterError(f"InputSize of {self.argument!r}: allowed is empty.")
 
 
+@dataclass(frozen=True)
+class WholeCall:
+    """Calls of the transformer that are no denoising step: those that fill a cache of keys and
+    values, for example. Such a call runs every layer and is not counted.
+
+    Attributes:
+        argument: parameter of the transformer's ``forward`` that tells.
+        value: what it is then: a string, number or bool.
+        item: the key to look under, where the argument is a dict.
+
+    Raises:
+        AdapterError: the value is none that can be compared at once.
+    """
+
+    argument: str
+    value: str | int | float | bool
+    item: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, (str, int, float, bool)):
+            raise AdapterError(
+                f"WholeCall of {self.argument!r}: value is {self.value!r}. It is a string, a "
+                "number or a bool."
+            )
+
+
 LayerLists: TypeAlias = BlockList | Zipped
 
 
@@ -174,6 +225,12 @@ class Backbone:
             branches were shown with, if any: the default where such branches are at work.
         input_sizes: sizes of the forward's arguments that the model was made for, where another
             would end in an error that does not say so.
+        whole_calls: how to tell calls that are no denoising step.
+        interleaved: lists whose members the forward calls by index between the blocks, adding what
+            they return to what flows (face adapters). Those between layers that are left out are
+            left out too: they return zeros in the shape of the first tensor that they take.
+        always_run: paths of other lists of blocks that the forward walks and that are left alone on
+            purpose: refiners, control branches.
 
     Raises:
         AdapterError: a field of the wrong kind, a skip that does not go forward, or a preset that
@@ -189,6 +246,9 @@ class Backbone:
     branch_weights: str | None = None
     preset: str | None = None
     input_sizes: tuple[InputSize, ...] = ()
+    whole_calls: tuple[WholeCall, ...] = ()
+    interleaved: tuple[BlockList, ...] = ()
+    always_run: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -219,3 +279,15 @@ class Backbone:
                 preset_named(self.preset)
             except ConfigError as error:
                 raise AdapterError(f"Backbone {self.name!r}: {error}") from None
+
+
+def is_named(transformer: object, *names: str) -> bool:
+    """Whether its class, or one that it derives from, has one of these names.
+
+    For adapters, which match by name: the model's own package need not be imported.
+
+    Args:
+        transformer: any object.
+        *names: class names without their modules: ``"FluxTransformer2DModel"``.
+    """
+    return not {kind.__name__ for kind in type(transformer).__mro__}.isdisjoint(names)

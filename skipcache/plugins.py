@@ -7,14 +7,14 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pluggy
 
 from skipcache import hookspecs
-from skipcache.backbone import Backbone
+from skipcache.backbone import Backbone, is_named
 from skipcache.errors import AdapterError, NoAdapterError, PluginWarning, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Adapter:
         name: plugin id.
         origin: distribution and version it came from, or ``"registered"``.
         claims: the class names that it says it describes (its ``claims`` attribute).
+        refusals: class names that it knows and that cannot be cached, each with the sentence why
+            (its ``refusals`` attribute).
         failure: why it could not be loaded; None when it is in use.
     """
 
@@ -38,6 +40,7 @@ class Adapter:
     origin: str
     claims: tuple[str, ...] = ()
     failure: str | None = None
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 class AdapterRegistry:
@@ -93,6 +96,13 @@ class AdapterRegistry:
             raise AdapterError(
                 f"adapter {name!r}: claims is {claims!r}. It is a tuple of names: ('FooDiT',)."
             )
+        refusals = getattr(plugin, "refusals", {})
+        if not isinstance(refusals, Mapping) or not all(
+            isinstance(part, str) for pair in refusals.items() for part in pair
+        ):
+            raise AdapterError(
+                f"adapter {name!r}: refusals is {refusals!r}. It maps class names to sentences."
+            )
         try:
             if self._manager.register(plugin, name) is None:
                 raise AdapterError(f"adapter {name!r} is blocked.")
@@ -107,7 +117,7 @@ class AdapterRegistry:
                 "skipcache_backbone(transformer) marked with "
                 "skipcache.hookimpl; see docs/how-to/write-an-adapter.md."
             )
-        self._adapters[name] = Adapter(name, origin, tuple(claims))
+        self._adapters[name] = Adapter(name, origin, tuple(claims), refusals=dict(refusals))
         return name
 
     def _forget(self, name: str) -> None:
@@ -133,7 +143,8 @@ class AdapterRegistry:
 
         Raises:
             NoAdapterError: nobody claims the transformer, or no adapter has that name.
-            AdapterError: an adapter raised, or answered with something that is no ``Backbone``.
+            AdapterError: an adapter raised, answered with something that is no ``Backbone``, or
+                says that this class cannot be cached.
         """
         if adapter is not None:
             self._require(adapter)
@@ -142,6 +153,10 @@ class AdapterRegistry:
             if backbone is not None:
                 return backbone
         kind = type(transformer)
+        for name, adapter_said in self._adapters.items():
+            for refused, reason in adapter_said.refusals.items():
+                if is_named(transformer, refused):
+                    raise AdapterError(f"{refused} cannot be cached, says {name!r}: {reason}")
         asked = f"adapter {adapter!r} does not claim" if adapter else "no adapter claims"
         raise NoAdapterError(
             f"{asked} {kind.__qualname__!r} ({kind.__module__}). Installed: {self._names()}. "

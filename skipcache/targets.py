@@ -28,7 +28,7 @@ def transformers_of(target: object) -> dict[str, nn.Module]:
     found = {
         name: _unwrap(module)
         for name in names
-        if name.startswith("transformer")
+        if (name.startswith("transformer") or name.endswith("_transformer") or name == "prior")
         and isinstance(module := getattr(target, name, None), nn.Module)
     }
     if not found:

@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  FAILED TO LOAD: {adapter.failure}")
         for claim in adapter.claims:
             print(f"  {claim}")
+        for refused, reason in adapter.refusals.items():
+            print(f"  not {refused}: {reason}")
     if not adapters:
         print("No adapter is installed. See docs/how-to/write-an-adapter.md.")
     return int(any(adapter.failure is not None for adapter in adapters))

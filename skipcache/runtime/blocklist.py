@@ -32,6 +32,11 @@ def copy_of(flow: Tensors) -> Tensors:
     return tuple(None if tensor is None else tensor.clone() for tensor in flow)
 
 
+def join_of(flow: Tensors, order: tuple[int, ...]) -> torch.Tensor:
+    """The tensors of these indices, joined along their tokens."""
+    return torch.cat([tensor for i in order if (tensor := flow[i]) is not None], dim=1)
+
+
 def outline_of(flow: Tensors) -> Tensors:
     """Shape, dtype and device alone: one zero, expanded, so that any relayout of it is a view."""
     return tuple(
@@ -99,6 +104,8 @@ class Slot:
     is_reuse: bool = False
     keeps: bool = False  # capture the features of this forward, should it turn out a refresh
     needs_shallow: bool = False
+    joined: tuple[int, ...] = ()  # see BoundBackbone.joined
+    is_inside_span: bool = False  # of a reuse: between the entry of the span and the resume layer
     expected: FlowLayout = ()
     prepared: tuple[Tensors, ...] = ()
     probe: Callable[[Tensors], None] | None = None
@@ -111,6 +118,7 @@ class Slot:
     def clear(self) -> None:
         """Lets go of every tensor."""
         self.prepared, self.probe, self.shallow, self.deep = (), None, None, None
+        self.entered, self.is_inside_span = (), False
 
 
 class StandIn:
@@ -161,8 +169,9 @@ class EntryBlock(SpanBlock):
         if slot.is_reuse and slot.entered != slot.expected:
             slot.is_reuse = False
         if slot.needs_shallow and (slot.is_reuse or slot.keeps or slot.witness is not None):
-            slot.shallow = copy_of(flow)
+            slot.shallow = (join_of(flow, slot.joined),) if slot.joined else copy_of(flow)
         if slot.is_reuse:
+            slot.is_inside_span = True
             if self.hands_outline:
                 args, kwargs = self.ports.write(args, kwargs, outline_of(flow))
             return self.ports.hand_through(args, kwargs)
@@ -176,6 +185,7 @@ class ResumeBlock(SpanBlock):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
+        slot.is_inside_span = False
         if slot.is_reuse:
             deep = slot.estimator.estimate(slot.prepared, slot.shallow)
             args, kwargs = self.ports.write(args, kwargs, deep)
@@ -183,6 +193,17 @@ class ResumeBlock(SpanBlock):
             slot.deep = copy_of(self.ports.read(args, kwargs))
         elif slot.witness is not None and slot.shallow is not None:
             slot.witness(slot.shallow, self.ports.read(args, kwargs))
+        return self.block(*args, **kwargs)
+
+
+class InterleavedBlock(SpanBlock):
+    """Stands for a module that the forward calls between blocks: inside the span of a reuse it
+    returns zeros, which add nothing to what nobody looks at.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.slot.is_inside_span:
+            return outline_of(self.ports.read(args, kwargs))[0]
         return self.block(*args, **kwargs)
 
 
@@ -195,6 +216,7 @@ class SteppedBlockList(nn.ModuleList):
     """
 
     _stand_ins: tuple[Any, ...] | None = None
+    _is_indexed: bool = False  # the forward takes its members by index, not in a loop
     _taping: tuple[Any, Any] | None = None  # how to make stand-ins that a backward can run again
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -204,7 +226,7 @@ class SteppedBlockList(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         # An index is asked for a block's attributes (DiT's head), a slice for blocks to run.
-        if self._stand_ins is None or not isinstance(index, slice):
+        if self._stand_ins is None or not (isinstance(index, slice) or self._is_indexed):
             return super().__getitem__(index)
         return self._at_hand()[index]
 

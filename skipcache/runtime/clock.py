@@ -89,6 +89,7 @@ class SchedulerRun(Run):
     def __init__(self, tap: SchedulerTap, caller: Caller | None) -> None:
         super().__init__(tap.times[tap.begin :], is_planned=True)
         self.tap, self.run_id, self.begin = tap, tap.run_id, tap.begin
+        tap.runs.add(self)
         self.token = caller.token if caller is not None else None
 
     @property
@@ -101,6 +102,16 @@ class SchedulerRun(Run):
             self.begin = self.tap.begin
             self.times, self.plan = self.tap.times[self.begin :], None
         self.advance(self.tap.ticks)
+
+    def tick(self) -> None:
+        """The scheduler made a step: a pass that was away at a refresh will refresh when it comes
+        back, if it does, and after the last reuse none will; so they keep nothing.
+        """
+        made = self.tap.ticks
+        for stream in self.streams.values():
+            missed = self.plan is not None and any(self.plan[stream.last_step + 1 : made])
+            if missed or made > self.last_reuse or self.is_over:
+                stream.drop()
 
     def is_at(self, raw: float, time: float, tolerance: float) -> bool:
         """Whether a forward at that timestep can be the scheduler's next step."""

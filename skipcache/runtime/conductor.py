@@ -57,8 +57,10 @@ class Conductor:
     def install(self, transformer: nn.Module) -> None:
         """Puts the hooks and taps in."""
         self.transformer = transformer
-        for entry in self.bound.lists:
+        for entry in (*self.bound.lists, *self.bound.interleaved):
             entry.module.__class__ = SteppedBlockList
+        for entry in self.bound.interleaved:
+            entry.module._is_indexed = True  # type: ignore[assignment]
         self._handles = [
             transformer.register_forward_pre_hook(PreForwardHook(self), with_kwargs=True),
             transformer.register_forward_hook(PostForwardHook(self), always_call=True),
@@ -74,9 +76,9 @@ class Conductor:
         for name in self.bound.backbone.entry_points:
             if isinstance(transformer.__dict__.get(name), MethodTap):
                 del transformer.__dict__[name]
-        for entry in self.bound.lists:
-            entry.module.__dict__.pop("_stand_ins", None)
-            entry.module.__dict__.pop("_taping", None)
+        for entry in (*self.bound.lists, *self.bound.interleaved):
+            for name in ("_stand_ins", "_taping", "_is_indexed"):
+                entry.module.__dict__.pop(name, None)
             entry.module.__class__ = nn.ModuleList
 
     # The two ends of a forward.
@@ -106,7 +108,7 @@ class Conductor:
 
     def yield_real_blocks(self) -> None:
         """The lists yield their blocks, and nothing of the forward is kept."""
-        for entry in self.bound.lists:
+        for entry in (*self.bound.lists, *self.bound.interleaved):
             entry.module._stand_ins = None  # type: ignore[assignment]
         if self.bound.branches is not None:
             for entry in self.bound.lists:

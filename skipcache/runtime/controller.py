@@ -19,7 +19,7 @@ from skipcache.runtime.blocklist import Slot, copy_of
 from skipcache.runtime.clock import Clock
 from skipcache.runtime.compiled import outside_graphs
 from skipcache.runtime.conductor import Conductor, conductor_of
-from skipcache.runtime.inputs import InputCheck
+from skipcache.runtime.inputs import CallReader
 from skipcache.runtime.layout import BoundBackbone
 from skipcache.runtime.stats import CacheStats, stats_of
 from skipcache.runtime.store import Run, Stream, relative_change
@@ -52,11 +52,14 @@ class Controller(Conductor):
         self.preset: str | None = None  # its name, where one filled in what was not given
         self.front_layers, self.back_layers = front_layers, back_layers
         self.slot = Slot(estimator, needs_shallow=estimator.needs_shallow)
+        if estimator.needs_shallow:
+            self.slot.joined = bound.joined(front_layers, bound.depth - back_layers)
         span = range(front_layers, bound.depth - back_layers)
         self.stand_ins = bound.cached_stand_ins(span, self.slot)
+        self.interleaved = bound.interleaved_stand_ins(self.slot)
         parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.clock = Clock(bound.backbone.timestep, parameters, schedule.needs_times)
-        self.check_inputs = InputCheck(bound.backbone, parameters)
+        self.reader = CallReader(bound.backbone, parameters)
         self.last_run: Run | None = None
         self._current: tuple[Run, Stream] | None = None
         self._has_warned: set[str] = set()
@@ -80,8 +83,10 @@ class Controller(Conductor):
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_forward(succeeded=False)  # one that Ctrl-C stopped ended without a word
-        self.check_inputs(args, kwargs)
+        self.reader.check_sizes(args, kwargs)
         self.yield_branches()
+        if not self.reader.is_step(args, kwargs):
+            return
         if torch.is_grad_enabled():
             self._warn_once(
                 "gradients are on, so nothing is cached and every layer runs. Sample under "
@@ -109,6 +114,8 @@ class Controller(Conductor):
                 "Pass timesteps=... to skip_cache_run, or use a schedule without a window."
             )
         for entry, stand_ins in zip(self.bound.lists, self.stand_ins, strict=True):
+            entry.module._stand_ins = stand_ins  # type: ignore[assignment]
+        for entry, stand_ins in zip(self.bound.interleaved, self.interleaved, strict=True):
             entry.module._stand_ins = stand_ins  # type: ignore[assignment]
 
     def after(self, output: Any) -> None:
@@ -142,18 +149,23 @@ class Controller(Conductor):
             run.last_reuse = _last_reuse(run)
         step = run.step
         is_cached = bool(stream.refreshes)
+        # A pass that was away at a refresh makes up for it when it comes back.
+        missed = range(min(stream.last_step + 1, step), step + 1)
+        due: Sequence[bool]
         is_probing = self.schedule.needs_probe
         slot.probe = None
         if not is_cached:
             slot.is_reuse = False
         elif run.plan is not None:
-            slot.is_reuse = step < len(run.plan) and not run.plan[step]
+            due = run.plan[missed.start : missed.stop]
+            slot.is_reuse = step < len(run.plan) and not any(due)
         elif run.is_planned and step >= len(run.times):
             slot.is_reuse = False
         elif is_probing:
             slot.is_reuse = False  # until the front has run
         else:
-            slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream))
+            due = [self.schedule.is_refresh(self._progress(run, stream, at)) for at in missed]
+            slot.is_reuse = not any(due)
         slot.keeps = run.last_reuse >= 0
         slot.expected = stream.entered
         if is_probing:
@@ -161,9 +173,9 @@ class Controller(Conductor):
         elif slot.is_reuse:
             slot.prepared = self.estimator.prepare(tuple(stream.refreshes), step, run.time)
 
-    def _progress(self, run: Run, stream: Stream) -> Progress:
-        since = run.step - stream.last_refresh_step if stream.refreshes else None
-        return Progress(run.times[: run.step + 1], since, stream.change)
+    def _progress(self, run: Run, stream: Stream, step: int) -> Progress:
+        since = step - stream.last_refresh_step if stream.refreshes else None
+        return Progress(run.times[: step + 1], since, stream.change)
 
     @outside_graphs
     def _probe(self, flow: Tensors) -> None:
@@ -179,7 +191,7 @@ class Controller(Conductor):
         stream.previous = copy_of(flow)
         if not stream.refreshes or (run.is_planned and run.step >= len(run.times)):
             return
-        self.slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream))
+        self.slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream, run.step))
         if self.slot.is_reuse:
             self.slot.prepared = self.estimator.prepare(tuple(stream.refreshes), run.step, run.time)
 
@@ -187,14 +199,18 @@ class Controller(Conductor):
         slot = self.slot
         is_refresh = not slot.is_reuse
         stream.record.append(is_refresh)
+        stream.last_step = run.step
         if is_refresh:
             stream.last_refresh_step, stream.change = run.step, 0.0
             if slot.keeps and slot.deep is None:
                 self._warn_once(
-                    "the forward ended without iterating over its block lists to the last layers, "
-                    "so nothing can be cached. Correct the adapter, or loop over the list itself."
+                    "a forward ended without running the layer that a reuse would resume at, so "
+                    "nothing is kept of it. If it is so in every forward, correct the adapter, or "
+                    "loop over the list itself."
                 )
-            if slot.deep is not None and run.step < run.last_reuse:
+            # Without a layout from the entry (a pass that leaves that block out itself) there is
+            # nothing to guard a reuse by.
+            if slot.deep is not None and slot.entered and run.step < run.last_reuse:
                 refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
                 stream.keep(refresh, slot.entered)
         run.measure()

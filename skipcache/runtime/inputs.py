@@ -1,4 +1,6 @@
-"""Checks a call of the transformer against the sizes that its model was made for."""
+"""What a backbone says of a call of the transformer: sizes that the model was made for, and whether
+it is a denoising step.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,30 @@ from skipcache.backbone import Backbone, InputSize
 from skipcache.errors import ConfigError
 
 
-class InputCheck:
-    """The sizes that a backbone states, looked up in the arguments of a call.
+class CallReader:
+    """Looks up in the arguments of a call what a backbone states of them.
 
     Args:
-        backbone: whose sizes.
+        backbone: whose word.
         parameters: names of the forward's parameters, in order.
     """
 
     def __init__(self, backbone: Backbone, parameters: Sequence[str]) -> None:
         self.name, self.sizes = backbone.name, backbone.input_sizes
+        self.whole_calls = backbone.whole_calls
         self.parameters = tuple(parameters)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def is_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether it is a denoising step, so far as the backbone can tell."""
+        for rule in self.whole_calls:
+            given = self._given(rule.argument, args, kwargs)
+            if rule.item is not None:
+                given = given.get(rule.item) if isinstance(given, Mapping) else None
+            if isinstance(given, type(rule.value)) and given == rule.value:
+                return False
+        return True
+
+    def check_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Nothing is read but shapes and lengths.
 
         Raises:

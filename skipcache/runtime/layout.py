@@ -14,6 +14,7 @@ from skipcache.branches.module import attached_branches
 from skipcache.errors import AdapterError, ConfigError
 from skipcache.runtime.blocklist import (
     EntryBlock,
+    InterleavedBlock,
     Ports,
     ResumeBlock,
     Slot,
@@ -91,12 +92,14 @@ class BoundBackbone:
         backbone: the adapter's word.
         lists: the block lists found.
         depth: number of layers, L.
+        interleaved: the lists found whose members the forward calls between blocks.
         branches: the skip branches that the transformer carries, if any.
     """
 
     backbone: Backbone
     lists: tuple[BoundList, ...]
     depth: int
+    interleaved: tuple[BoundList, ...] = ()
     branches: BoundBranches | None = None
 
     @property
@@ -129,6 +132,13 @@ class BoundBackbone:
             return self.branches.stand_ins(entry, between)
         return tuple(between(seat, seat.block) for seat in entry.seats())
 
+    def interleaved_stand_ins(self, slot: Slot) -> tuple[tuple[Any, ...], ...]:
+        """What each interleaved list gives by index."""
+        return tuple(
+            tuple(InterleavedBlock(seat.block, seat.ports, slot) for seat in entry.seats())
+            for entry in self.interleaved
+        )
+
     def check_layers(self, front_layers: int, back_layers: int, needs_shallow: bool) -> None:
         """Refuses a deep span that this model or estimator cannot leave out.
 
@@ -146,18 +156,30 @@ class BoundBackbone:
                     "out. "
                     "Use back_layers no larger than front_layers."
                 )
-        if needs_shallow and self._takes_at(front_layers) != self._takes_at(resume):
+        if needs_shallow:
+            self.joined(front_layers, resume)
+
+    def joined(self, front_layers: int, resume: int) -> tuple[int, ...]:
+        """Which tensors that enter layer ``front_layers``, joined along their tokens, are of the
+        form of the one that enters the resume layer; none where they are as they are.
+
+        Raises:
+            ConfigError: they are different tensors, and no adapter says how they are joined.
+        """
+        entered, resumed = self._list_at(front_layers), self._list_at(resume)
+        order = resumed.spec.form_from(entered.spec)
+        breaks = {e.first_layer + i for e in self.lists for i in e.spec.breaks}
+        if order is None or any(front_layers < layer <= resume for layer in breaks):
             raise ConfigError(
                 f"the estimator compares the feature entering layer {front_layers} with that "
-                f"entering layer {resume}, "
-                f"and in {self.backbone.name!r} they are different tensors: "
-                f"{self._takes_at(front_layers)} and "
-                f"{self._takes_at(resume)}. Use estimator='hold' or 'taylor'."
+                f"entering layer {resume}, and in {self.backbone.name!r} they are different "
+                f"tensors: {entered.spec.takes} of {entered.spec.path!r} and {resumed.spec.takes} "
+                f"of {resumed.spec.path!r}. Use estimator='hold' or 'taylor'."
             )
+        return order
 
-    def _takes_at(self, layer: int) -> tuple[str, ...]:
-        found = [b for b in self.lists if b.is_leading and b.first_layer <= layer]
-        return found[-1].spec.takes
+    def _list_at(self, layer: int) -> BoundList:
+        return [b for b in self.lists if b.is_leading and b.first_layer <= layer][-1]
 
 
 def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
@@ -188,6 +210,11 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
             )
             lists.append(BoundList(spec, module, ports, layer, is_leading=position == 0))
         layer += count // per_layer
+    interleaved = []
+    for spec in backbone.interleaved:
+        module = _find_list(backbone, spec, transformer)
+        ports = tuple(_ports_of(backbone, spec, b, transformer) for b in _real_blocks(module))
+        interleaved.append(BoundList(spec, module, ports, 0, is_leading=False))
     for source, target in backbone.native_skips:
         if target >= layer:
             raise _mismatch(
@@ -201,7 +228,7 @@ def bind(backbone: Backbone, transformer: nn.Module) -> BoundBackbone:
         if attached is not None
         else None
     )
-    return BoundBackbone(backbone, tuple(lists), layer, branches)
+    return BoundBackbone(backbone, tuple(lists), layer, tuple(interleaved), branches)
 
 
 def _real_blocks(module: nn.ModuleList) -> Iterator[nn.Module]:

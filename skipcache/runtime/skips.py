@@ -12,7 +12,7 @@ import torch
 
 from skipcache.branches.module import SkipBranch, SkipBranches
 from skipcache.errors import BranchError
-from skipcache.runtime.blocklist import Ports, StandIn
+from skipcache.runtime.blocklist import Ports, StandIn, join_of
 
 if TYPE_CHECKING:
     from skipcache.runtime.layout import BoundList, Seat
@@ -34,9 +34,17 @@ class Skips:
 class SourceBlock(StandIn):
     """The block after a source layer: what enters it is the skip."""
 
-    def __init__(self, block: Any, ports: Ports, skips: Skips, source: int, index: int) -> None:
+    def __init__(
+        self,
+        block: Any,
+        ports: Ports,
+        skips: Skips,
+        source: int,
+        index: int,
+        joined: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(block, ports)
-        self.skips, self.source, self.index = skips, source, index
+        self.skips, self.source, self.index, self.joined = skips, source, index, joined
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._take(args, kwargs)
@@ -44,7 +52,8 @@ class SourceBlock(StandIn):
 
     def _take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what enters, for the branches to come."""
-        entering = self.ports.read(args, kwargs)[self.index]
+        flow = self.ports.read(args, kwargs)
+        entering = join_of(flow, self.joined) if self.joined else flow[self.index]
         if entering is not None:
             # Without gradients a block may work in place; with them copies would cost memory.
             is_safe = torch.is_grad_enabled()
@@ -123,11 +132,14 @@ class BoundBranches:
     Attributes:
         branches: the module.
         indices: of the tensor they act on among the flowing ones, by the list's path.
+        joined: where a skip is several tensors joined, as its target's list has them: their
+            indices, by the source layer.
         skips: those of the forward under way.
     """
 
     branches: SkipBranches
     indices: dict[str, int]
+    joined: dict[int, tuple[int, ...]] = field(default_factory=dict)
     skips: Skips = field(default_factory=Skips)
 
     def tape(self) -> BoundBranches:
@@ -172,7 +184,8 @@ class BoundBranches:
         if between is not None:
             stand_in = between(seat, stand_in)
         if any(source + 1 == layer for source, _ in pairs):
-            stand_in = source_kind(stand_in, ports, self.skips, layer - 1, index)
+            joined = self.joined.get(layer - 1, ())
+            stand_in = source_kind(stand_in, ports, self.skips, layer - 1, index, joined)
         return stand_in
 
 
@@ -182,17 +195,18 @@ def bind_branches(
     """Checks that the branches fit the layers.
 
     Raises:
-        BranchError: another depth, a tensor that a joined layer does not take.
+        BranchError: another depth, a tensor that a joined layer does not take, or one source for
+            targets in which it has different forms.
     """
     if branches.depth != depth:
         raise BranchError(
             f"the skip branches are for {branches.depth} layers, and this {name!r} model has "
             f"{depth}. Make or load branches for this model."
         )
-    joined = {layer for source, target in branches.pairs for layer in (source + 1, target)}
+    touched = {layer for source, target in branches.pairs for layer in (source + 1, target)}
     indices = {}
     for entry in lists:
-        if not entry.is_leading or not joined & set(entry.layers):
+        if not entry.is_leading or not touched & set(entry.layers):
             continue
         takes = entry.spec.takes
         tensor = branches.tensor or takes[0]
@@ -203,4 +217,17 @@ def bind_branches(
                 "these, or pairs that leave this list out."
             )
         indices[entry.spec.path] = takes.index(tensor)
-    return BoundBranches(branches, indices)
+    joined: dict[int, tuple[int, ...]] = {}
+    for source, target in branches.pairs:
+        taken, merged = _list_at(lists, source + 1), _list_at(lists, target)
+        order = merged.spec.form_from(taken.spec) or ()
+        if joined.setdefault(source, order) != order:
+            raise BranchError(
+                f"layer {source} is the source of several skip branches, and in {name!r} their "
+                "targets take different tensors. Choose other pairs."
+            )
+    return BoundBranches(branches, indices, joined)
+
+
+def _list_at(lists: tuple[BoundList, ...], layer: int) -> BoundList:
+    return [entry for entry in lists if entry.is_leading and entry.first_layer <= layer][-1]

@@ -22,6 +22,7 @@ class Stream:
         self.refreshes: deque[Refresh] = deque(maxlen=history)
         self.entered: FlowLayout = ()  # layout of the shallow feature at the last refresh
         self.last_refresh_step = 0
+        self.last_step = -1  # at which it was called
         self.change = 0.0  # summed relative change since the last refresh, where a schedule probes
         self.previous: Tensors | None = None  # shallow feature of the last step, likewise
         self.record: list[bool] = []

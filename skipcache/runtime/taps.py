@@ -9,11 +9,15 @@ out.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from skipcache.runtime.clock import SchedulerRun
 
 
 class SchedulerTap:
@@ -38,9 +42,11 @@ class SchedulerTap:
         self.values: list[float] = []  # the timesteps as the scheduler has them
         self.times: list[float] = []  # and normalised
         self.shadowed: Any = None
+        self.runs: weakref.WeakSet[SchedulerRun] = weakref.WeakSet()  # those that it tells
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "users": 0}  # whoever uses a copy has yet to say so
+        # Whoever uses a copy has yet to say so.
+        return {**self.__dict__, "users": 0, "runs": weakref.WeakSet()}
 
     @staticmethod
     def of(scheduler: Any, *, fresh: bool) -> SchedulerTap:
@@ -73,12 +79,16 @@ class SchedulerTap:
         self.refresh_run()
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         index = self._index_of(timestep)
+        if index is not None and self.ticks > 0 and index == self.position - 1:
+            return output  # one step in two calls (Cosmos)
         if index is not None:
             if self.ticks == 0:
                 self.begin = index
             self.position = index
         self.position += 1
         self.ticks += 1
+        for run in self.runs:
+            run.tick()
         return output
 
     def refresh_run(self) -> None:

@@ -1,0 +1,64 @@
+"""What ``MODULE:FACTORY`` on a command line stands for."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from skipcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from skipcache.testing import AdapterCase
+
+
+def case_of(name: str, adapter: str | None = None) -> AdapterCase:
+    """The case that a factory makes; modules are looked for in the working directory too.
+
+    Args:
+        name: ``package.module:function``. The function takes nothing and returns an
+            ``AdapterCase``, or a transformer and a dict of the keyword arguments of one forward.
+        adapter: the name of the adapter to check, instead of the case's own.
+
+    Raises:
+        ConfigError: no such module or function, or it returned something else.
+    """
+    from torch import nn
+
+    from skipcache.testing import AdapterCase
+    from skipcache.testing.guess import varied
+
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ConfigError(f"{name!r} is not of the form MODULE:FACTORY, as in my_model:tiny.")
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove("")
+    made = found if isinstance(found, AdapterCase) else found()
+    if isinstance(made, AdapterCase):
+        case = made
+    elif (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], dict)
+    ):
+        transformer, inputs = made
+        case = AdapterCase(lambda: copy.deepcopy(transformer), lambda seed: varied(inputs, seed))
+    else:
+        raise ConfigError(
+            f"{name!r} returned {type(made).__name__}. It returns an AdapterCase, or a transformer "
+            "and the keyword arguments of one forward: (transformer, {'hidden_states': ...})."
+        )
+    if adapter is None:
+        return case
+    return AdapterCase(
+        case.make_transformer, case.make_inputs, case.make_other_inputs, adapter, case.seed
+    )
