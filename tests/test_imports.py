@@ -44,6 +44,8 @@ LAYERS = [
     {"recipes", "training", "evaluation", "testing", "demo"},
     {"cli", "__main__"},
 ]
+# The front door opens onto the guess, which stands on the checks, and these on the front door.
+UPWARD = {("api", "skipcache.testing.auto")}
 PROTOCOLS = {
     "skipcache.schedules": {"Schedule", "Progress"},
     "skipcache.estimators": {"Estimator", "Refresh", "Tensors"},
@@ -178,14 +180,14 @@ def test_no_module_imports_an_adapter(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_import_layering(path):
-    """Every module imports from its own layer or a lower one only."""
+    """Every module imports from its own layer or a lower one only, but for one, when it is asked."""
     part = own_part(path)
     if part == "__init__":
         return
     level = layer_of(part)
     assert level < len(LAYERS), f"{part} has no place in the layering"
-    above = [m for m, _ in own_imports(path) if layer_of(part_of(m)) > level]
-    assert not above
+    above = {m for m, _ in own_imports(path) if layer_of(part_of(m)) > level}
+    assert not {(part, module) for module in above} - UPWARD
 
 
 RUNTIME = [path for path in MODULES if own_part(path) == "runtime"]

@@ -46,7 +46,10 @@ class SchedulerTap:
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever uses a copy has yet to say so.
-        return {**self.__dict__, "users": 0, "runs": weakref.WeakSet()}
+        return {**{k: v for k, v in self.__dict__.items() if k != "runs"}, "users": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, runs=weakref.WeakSet())
 
     @staticmethod
     def of(scheduler: Any, *, fresh: bool) -> SchedulerTap:

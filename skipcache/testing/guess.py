@@ -122,8 +122,8 @@ def adapter_source(transformer: nn.Module, backbone: Backbone) -> str:
     if backbone.always_run:
         fields.append("always_run=" + _tuple_source([_quoted(p) for p in backbone.always_run]))
     unknown_time = (
-        "    # The scale of time cannot be read off one call. A pipeline's scheduler knows it; for\n"
-        '    # a loop of your own say Timestep("timestep", noise=1.0, clean=0.0), or as it is.\n'
+        "    # The scale of time cannot be read off one call. A pipeline's scheduler knows it;\n"
+        '    # for your own loop say Timestep("timestep", noise=1.0, clean=0.0), or as it is.\n'
     )
     return (
         f'"""{kind}, as suggested by ``skipcache suggest``."""\n\n'

@@ -1,0 +1,1 @@
+"""``skipcache bench``: speed and quality of caching methods, ours and others', in one run."""
