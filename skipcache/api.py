@@ -240,13 +240,15 @@ def _times(
 
     if timesteps is None:
         return None
-    from skipcache.backbone import Timestep
+    from skipcache.runtime.taps import normalised_times
 
-    scale = controller.bound.backbone.timestep or Timestep()
-    times = [scale.normalise(float(value)) for value in timesteps]
-    if not times or not all(math.isfinite(time) for time in times):
+    values = [float(value) for value in timesteps]
+    if not values or not all(math.isfinite(value) for value in values):
         raise ConfigError(f"timesteps {timesteps!r}: at least one, and all finite, are needed.")
-    return times
+    scale = controller.bound.backbone.timestep
+    if scale is None:  # then, as a scheduler's, they tell their scale by how they run
+        return normalised_times(values, 1000)
+    return [scale.normalise(value) for value in values]
 
 
 def _fitted(
@@ -300,9 +302,13 @@ def build_controller(
         try:
             adapter = resolve_backbone(transformer, None)
         except NoAdapterError:
+            from skipcache.runtime.conductor import conductor_of
             from skipcache.testing.auto import GuessingController
 
-            return GuessingController(transformer, config)
+            conductor = conductor_of(transformer)
+            if conductor is None or conductor.bound.branches is None:
+                return GuessingController(transformer, config)
+            adapter = conductor.bound.backbone  # known since it was given skip branches
     from skipcache.branches.fitted import FittedBranches, fit_beside
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.layout import bind

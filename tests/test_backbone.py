@@ -6,7 +6,16 @@ import dataclasses
 
 import pytest
 
-from skipcache import Backbone, BlockList, InputSize, SkipCacheError, Timestep, Zipped
+from skipcache import (
+    Backbone,
+    BlockList,
+    InputSize,
+    SkipCacheError,
+    Timestep,
+    WholeCall,
+    Zipped,
+    is_named,
+)
 from skipcache.errors import AdapterError
 
 BLOCKS = BlockList("blocks")
@@ -144,3 +153,57 @@ def test_descriptions_are_frozen_and_comparable():
         first.name = "other"
     with pytest.raises(dataclasses.FrozenInstanceError):
         BLOCKS.path = "other"
+
+
+@pytest.mark.parametrize("value", [None, (), ["extract"], {"mode": 1}])
+def test_a_whole_call_is_told_by_a_plain_value(value):
+    """A value that cannot be compared at once is refused, by the argument's name."""
+    assert "'mode'" in message_of(lambda: WholeCall("mode", value))
+
+
+@pytest.mark.parametrize(
+    ("takes", "joins"), [(("x", "c"), ("c", "x")), (("x",), "cx"), (("x", "c"), ("x",))]
+)
+def test_joins_are_names_for_one_tensor(takes, joins):
+    """Only one flowing tensor can be others joined, and these are told by a tuple of names."""
+    message = message_of(lambda: BlockList("blocks", takes, takes, joins=joins))
+    assert repr(joins) in message
+    assert repr(takes) in message
+
+
+BOTH = BlockList("double", ("x", "c"), ("c", "x"))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "expected"),
+    [
+        (BOTH, BOTH, ()),
+        (BOTH, BlockList("single", ("x",), "x", joins=("c", "x")), (1, 0)),
+        (BOTH, BlockList("single", ("x",), "x", joins=("x", "c")), (0, 1)),
+        (BOTH, BlockList("single", ("x",), "x", joins=("c", "audio")), None),
+        (BOTH, BlockList("single", ("x",), "x"), None),
+        (BOTH, BlockList("more", ("x", "c"), ("x", "c")), ()),
+        (BOTH, BlockList("more", ("c", "x"), ("c", "x")), None),
+        (BlockList("single", ("x",), "x", joins=("c", "x")), BOTH, None),
+    ],
+)
+def test_form_of_an_earlier_list(earlier, later, expected):
+    """What flows in two lists is the same, or is joined in the order that the later list names, or
+    cannot be compared.
+    """
+    assert later.form_from(earlier) == expected
+
+
+def test_is_named_goes_by_class_names():
+    """A class counts by its own name and those that it derives from, wherever they are defined."""
+
+    class Foo:
+        pass
+
+    class Bar(Foo):
+        pass
+
+    assert is_named(Bar(), "Bar")
+    assert is_named(Bar(), "Other", "Foo")
+    assert not is_named(Foo(), "Bar")
+    assert not is_named(Bar(), "Fo")

@@ -21,6 +21,7 @@ from skipcache import (
     MaskSchedule,
     SkipCacheError,
     Timestep,
+    WholeCall,
     apply_skip_cache,
     cache_stats,
     is_skip_cached,
@@ -30,6 +31,7 @@ from skipcache import (
 from skipcache.errors import ConfigError, NotAppliedError, NotCachingWarning, TargetError
 from skipcache.runtime.controller import controller_of
 from skipcache.runtime.taps import SchedulerTap, normalised_times
+from tiny import TINY
 
 WIDTH = 4
 BACKBONE = Backbone(
@@ -625,3 +627,199 @@ def test_run_ends_with_its_block():
         assert plan_of(transformer) == "F"
     held = [t for s in controller_of(transformer).last_run.streams.values() for t in s.refreshes]
     assert held == []
+
+
+# Passes that are away for a while
+
+
+class Named(Transformer):
+    def cache_context(self, name):
+        from contextlib import nullcontext
+
+        return nullcontext(name)
+
+
+SPARSE = MaskSchedule((0, 3), steps=6)  # FrrFrr
+
+
+@torch.no_grad()
+def passes(transformer, scheduler, away: set[int], names=("cond", "extra")) -> list[int]:
+    """A run of six steps in which the second pass leaves some steps out; how many features it has
+    in its cache after each.
+    """
+    held = []
+    values = scheduler.timesteps if scheduler is not None else torch.arange(6, 0, -1) * 160.0
+    for index, t in enumerate(values):
+        for name in names[: 1 if index in away else 2]:
+            with transformer.cache_context(name):
+                transformer(noise(index), t)
+        if scheduler is not None:
+            scheduler.step(noise(), t, noise())
+        stream = controller_of(transformer).last_run.streams.get("extra")
+        held.append(len(stream.refreshes) if stream is not None else 0)
+    return held
+
+
+@pytest.mark.parametrize("has_scheduler", [True, False])
+@pytest.mark.parametrize(
+    ("away", "plan"),
+    [
+        (set(), "FrrFrr"),
+        ({1}, "FrFrr"),  # away at a reuse: nothing is missed
+        ({3}, "FrrFr"),  # at the refresh: made up for at step 4
+        ({2, 3, 4}, "FrF"),
+        ({3, 4, 5}, "Frr"),
+        ({0}, "FrFrr"),
+        ({0, 1, 2, 3}, "Fr"),
+    ],
+)
+def test_pass_that_was_away_at_a_refresh(has_scheduler, away, plan):
+    """A pass that comes back after a refresh that it was not there for refreshes then, and not from
+    a feature older than the schedule allows; the pass that was always there goes by the plan.
+    """
+    transformer = Named()
+    options = {"adapter": BACKBONE, "schedule": SPARSE, "estimator": "hold"}
+    scheduler = diffusers.DDIMScheduler() if has_scheduler else None
+    # Of the whole run: weak references keep a pipeline only as long as somebody does.
+    pipeline = apply_skip_cache(
+        Pipeline(scheduler, transformer) if scheduler else transformer, **options
+    )
+    if scheduler is not None:
+        scheduler.set_timesteps(6)
+    passes(transformer, scheduler, away)
+    plans = {name: stream.plan for name, stream in cache_stats(pipeline).streams.items()}
+    assert plans == {"cond": "FrrFrr", "extra": plan}
+
+
+def test_pass_that_is_away_holds_nothing():
+    """What a pass has cached is let go at the refresh that it misses, and after the last reuse of
+    the run, whether it ever comes back or not.
+    """
+    pipeline = Pipeline(diffusers.DDIMScheduler(), Named())
+    apply_skip_cache(pipeline, adapter=BACKBONE, schedule=SPARSE, estimator="hold")
+    for away, held in (({3, 4, 5}, [1, 1, 1, 0, 0, 0]), ({1, 2}, [1, 1, 1, 1, 1, 0])):
+        pipeline.scheduler.set_timesteps(6)
+        assert passes(pipeline.transformer, pipeline.scheduler, away) == held
+    once = MaskSchedule((0, 2, 3, 4, 5), steps=6)
+    apply_skip_cache(pipeline, adapter=BACKBONE, schedule=once, estimator="hold")
+    pipeline.scheduler.set_timesteps(6)
+    assert passes(pipeline.transformer, pipeline.scheduler, {1, 2, 3, 4, 5})[:3] == [1, 0, 0]
+
+
+def test_a_step_in_two_calls_of_the_scheduler():
+    """A pipeline that calls ``step`` twice at one timestep (Cosmos: for each guidance pass) makes
+    one step; with few steps and many, in a first run and in one after it.
+    """
+    pipeline = apply_skip_cache(
+        Pipeline(diffusers.FlowMatchEulerDiscreteScheduler()), **ALWAYS_HOLD
+    )
+    scheduler = pipeline.scheduler
+    for steps in (5, 1, 2):
+        scheduler.set_timesteps(steps)
+        with torch.no_grad():
+            for count, t in enumerate(scheduler.timesteps, start=1):
+                for x in (noise(1), noise(2)):
+                    pipeline.transformer(x, t)
+                for x in (noise(1), noise(2)):
+                    scheduler.step(torch.zeros_like(x), t, x)
+                    scheduler._step_index -= 1
+                assert scheduler.step.ticks == count
+                scheduler._step_index += 1
+        assert cache_stats(pipeline).plan == "F" + "r" * (steps - 1)
+        assert list(cache_stats(pipeline).streams) == ["0", "1"]
+
+
+def test_copy_of_a_tap_tells_runs_of_its_own():
+    """A scheduler copied or pickled in the middle of a run does not tell the original's runs."""
+    pipeline = apply_skip_cache(Pipeline(diffusers.DDIMScheduler()), **ALWAYS_HOLD)
+    pipeline(steps=6, stop_after=2)
+    tap = pipeline.scheduler.step
+    assert len(tap.runs) == 1
+    for twin in (copy.deepcopy(pipeline.scheduler), pickle.loads(pickle.dumps(pipeline.scheduler))):
+        assert len(twin.step.runs) == 0
+        held = controller_of(pipeline.transformer).last_run.streams[0].refreshes
+        for t in twin.timesteps[2:]:
+            twin.step(noise(), t, noise())
+        assert len(held) == 1
+        assert tap.ticks == 2
+
+
+# Calls that are no step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(
+    ("rule", "given", "is_step"),
+    [
+        (WholeCall("mode", "fill"), "fill", False),
+        (WholeCall("mode", "fill"), "go", True),
+        (WholeCall("mode", "fill"), None, True),
+        (WholeCall("mode", True), True, False),
+        (WholeCall("mode", True), 1, True),
+        (WholeCall("mode", True, item="fills"), {"fills": True}, False),
+        (WholeCall("mode", True, item="fills"), {"fills": False}, True),
+        (WholeCall("mode", True, item="fills"), {}, True),
+        (WholeCall("mode", True, item="fills"), True, True),
+        (WholeCall("mode", 2), torch.ones(3), True),
+    ],
+)
+def test_whole_calls(rule, given, is_step, by_name):
+    """A call that the adapter says is no step runs every layer and is not counted; any other value
+    of the same argument makes it a step.
+    """
+
+    class Filling(Transformer):
+        def forward(self, x, timestep=None, mode=None):
+            return super().forward(x)
+
+    transformer, x = Filling(), noise()
+    backbone = Backbone("toy", BACKBONE.lists, Timestep("timestep"), whole_calls=(rule,))
+    schedule = MaskSchedule((0, 2), steps=5)
+    apply_skip_cache(transformer, adapter=backbone, schedule=schedule, estimator="hold")
+    ran: list[int] = []
+    transformer.blocks[2].register_forward_hook(lambda *_: ran.append(1))
+    with skip_cache_run(transformer):
+        transformer(x)
+        args, kwargs = ((x,), {"mode": given}) if by_name else ((x, None, given), {})
+        transformer(*args, **kwargs)
+        assert len(ran) == (1 if is_step else 2)
+        transformer(x)
+        transformer(x)
+    assert plan_of(transformer) == ("FrFr" if is_step else "FrF")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:\\s*flex_attention called without torch.compile")
+def test_cache_of_keys_and_values_is_filled_whole():
+    """AnyFlow FAR in a loop of one's own: between two chunks all blocks fill its cache of keys and
+    values, with just what an uncached model fills in, and the plan of the steps does not notice.
+    """
+    tiny = TINY["AnyFlowFARTransformer3DModel"]
+    filled = {}
+    for is_cached in (False, True):
+        model = tiny.make()
+        if is_cached:
+            apply_skip_cache(model, interval=3, window=(1.0, 0.0), estimator="hold")
+        caches = tiny.inputs(0)["kv_cache"]
+        for t in (999.0, 800.0, None, 600.0, 400.0, 200.0):
+            inputs = tiny.inputs(0)
+            if t is None:
+                inputs |= {
+                    "hidden_states": torch.ones(1, 3, 4, 4, 4),
+                    "timestep": torch.zeros(1, 3),
+                    "r_timestep": torch.zeros(1, 3),
+                    "kv_cache": caches,
+                    "kv_cache_flag": {"num_cached_chunks": 0, "is_cache_step": True},
+                }
+            else:
+                inputs["timestep"] = torch.full((1, 2), t)
+            model(**inputs)
+        filled[is_cached] = caches
+        if is_cached:
+            assert plan_of(model) == "FrrFr"
+    noise_there = tiny.inputs(0)["kv_cache"]
+    for layer, cache in filled[True].items():
+        for name, tensor in cache.items():
+            assert torch.equal(tensor, filled[False][layer][name])
+        assert not torch.equal(cache["full_cache"], noise_there[layer]["full_cache"])

@@ -11,15 +11,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import skipcache
-from skipcache import cli, config, errors, hookspecs, plugins
+import tiny
+from skipcache import cli, config, errors, hookspecs, plugins, testing
 from skipcache.evaluation import __main__ as evaluation
 from skipcache.runtime.stats import CacheStats
+from skipcache.testing.checks import CHECKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -127,7 +131,7 @@ def test_code_runs_and_prints_what_the_page_says(page, quiet_process, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
 def test_blocks_name_a_known_language(page):
     """Every fenced block says its language, so that none escapes the tests by accident."""
-    known = {"python", "bash", "text", "toml", "bibtex"}
+    known = {"python", "bash", "text", "toml", "bibtex", "diff"}
     assert {fence.language for fence in fences_of(page)} <= known
 
 
@@ -192,6 +196,69 @@ def test_cli_page_lists_every_command_and_option_with_its_default(monkeypatch):
     assert set(table(section(page, "python -m skipcache.evaluation"))) == set(evaluation.BENCHMARKS)
 
 
+# Adapters
+
+
+@contextmanager
+def script(name: str) -> Iterator[ModuleType]:
+    """A script of the docs folder, imported."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
+
+
+def test_table_of_models_is_up_to_date():
+    """models/index.md has the tables that its script prints, and the README its counts."""
+    with script("models_table") as models_table:
+        printed = models_table.tables()
+        (shown,) = models_table.BLOCK.findall(models_table.PAGE.read_text("utf-8"))
+    assert shown == printed, "run python docs/models_table.py --write"
+    counts = re.findall(r"^(\d+) classes are (?:claimed|refused)", printed, re.MULTILINE)
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert f"but for {words[int(counts[1])]} that cannot be cached: {counts[0]} classes" in readme
+
+
+def test_diff_that_adds_a_family_is_short_and_does_add_it():
+    """The diff shown has at most 40 lines, and says of Ovis-Image what the adapter installed does:
+    its tiny model passes the kit with it.
+    """
+    page = DOCS / "how-to/write-an-adapter.md"
+    (text,) = [fence.text for fence in fences_of(page) if fence.language == "diff"]
+    assert len(text.splitlines()) <= 40
+    added = {
+        path: re.findall(r"^\+(?!\+\+)(.*)$", part, re.MULTILINE)
+        for path, part in re.findall(r"^\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", text, re.M | re.S)
+    }
+    (entry,) = added["pyproject.toml"]
+    assert entry in (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+    assert entry == 'ovis_image = "skipcache_adapters.ovis_image"'
+    adapter = ModuleType("ovis_image")
+    exec("\n".join(added["adapters/skipcache_adapters/ovis_image.py"]), vars(adapter))
+    (name,) = [claim.removeprefix("diffusers.") for claim in adapter.claims]
+
+    imported, *lines = added["tests/tiny/group_a.py"]
+    registered: dict = {}
+    group = dict(vars(tiny.group_a))
+    group["register"] = lambda name, make, inputs: registered.update({name: (make, inputs)})
+    assert imported.strip(" ,") in group
+    exec("\n".join(lines), group)
+    make, inputs = registered[name]
+    assert adapter.skipcache_backbone(make()) == plugins.resolve_backbone(
+        tiny.TINY[name].make(), None
+    )
+    for check in testing.adapter_checks(make, inputs, adapter=adapter):
+        try:
+            check()
+        except testing.CheckSkipped:
+            assert check.name in ("check_interleaved_are_left_out", "check_shape_change_refreshes")
+
+
 # Names, options and defaults
 
 
@@ -209,6 +276,14 @@ def test_every_error_has_a_row_in_the_api_page():
     text = (DOCS / "reference/api.md").read_text("utf-8")
     assert own
     assert own <= set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+
+
+def test_every_name_of_the_kit_has_a_row_in_the_api_page():
+    """api.md has a row for each name of ``skipcache.testing``, and for each check, in order."""
+    page = DOCS / "reference/api.md"
+    rows = section(page, "skipcache.testing").partition("`skipcache.testing.guess`")[0]
+    assert sorted(re.findall(r"^\| `(\w+)", rows, re.MULTILINE)) == sorted(testing.__all__)
+    assert list(table(section(page, "The checks"))) == [check.__name__ for check in CHECKS]
 
 
 def test_api_page_has_every_attribute_of_the_stats():
@@ -280,14 +355,8 @@ def test_defaults_page_agrees_with_the_configuration():
 def test_figure_shows_the_layers_that_the_stats_count(quiet_process, tmp_path):
     """The picture's script draws a real run, in which exactly the layers of the plan ran."""
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib (extra: bench)")
-    spec = importlib.util.spec_from_file_location("docs_figures", DOCS / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    sys.modules["docs_figures"] = figures  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(figures)
+    with script("figures") as figures:
         run = figures.record(layers=8, steps=12)
-    finally:
-        del sys.modules["docs_figures"]
     assert {"F", "r"} == set(run.plan)
     kept = {*range(figures.FRONT), *range(8 - figures.BACK, 8)}
     for kind, ran in zip(run.plan, run.ran, strict=True):

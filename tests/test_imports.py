@@ -180,7 +180,7 @@ def test_no_module_imports_an_adapter(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_import_layering(path):
-    """Every module imports from its own layer or a lower one only, but for one, when it is asked."""
+    """Every module imports from its own layer or a lower one only, but for one import."""
     part = own_part(path)
     if part == "__init__":
         return

@@ -5,6 +5,7 @@ call.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -17,15 +18,22 @@ from skipcache import (
     InputSize,
     MaskSchedule,
     Residual,
+    SkipBranches,
     Taylor,
+    WholeCall,
     Zipped,
+    add_skip_branches,
     apply_skip_cache,
     cache_stats,
+    is_skip_cached,
+    remove_skip_cache,
     skip_cache_run,
 )
-from skipcache.errors import AdapterError, ConfigError
+from skipcache.errors import AdapterError, BranchError, ConfigError
+from skipcache.plugins import resolve_backbone
 from skipcache.runtime.blocklist import Ports
 from skipcache.runtime.layout import bind
+from tiny import TINY
 
 WIDTH = 4
 
@@ -499,3 +507,269 @@ def test_input_sizes(tokens, more, kwargs, says, by_name):
         with pytest.raises(ConfigError, match=says):
             model(*args, **kwargs)
         assert sum(block.calls for block in model.blocks) == 0
+
+
+def test_sizes_of_a_call_that_is_no_step():
+    """Sizes are checked in a call that only fills a cache too: it would fail in the model alike."""
+    model = Alternating()
+    backbone = Backbone(
+        "toy", (PAIRS,), input_sizes=SIZES, whole_calls=(WholeCall("residuals", "fill"),)
+    )
+    apply_skip_cache(model, adapter=backbone)
+    with pytest.raises(ConfigError, match="x has 4 tokens"):
+        model(torch.zeros(2, 4, WIDTH), torch.tensor(500.0), "fill")
+
+
+# One tensor that is two of the list before, joined.
+
+JOINED = Backbone(
+    "joined", (AURA.lists[0], BlockList("single_blocks", ("x",), "x", joins=JOINT_RETURNS))
+)
+
+
+def hand_through(block: nn.Module, returned: tuple[str, ...]) -> None:
+    """Makes the block one that changes nothing."""
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+
+    def forward(*args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return tuple(given[name] for name in returned)
+
+    block.forward = forward
+
+
+def sampled(model: nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def joining(name: str):
+    """The model whose last two-stream layer changes nothing, its backbone, its inputs by seed, and
+    how many two-stream layers it has.
+    """
+    if name == "toy":
+        torch.manual_seed(0)
+        model, backbone = AuraLike(), JOINED
+        draws = [{"x": torch.randn(2, 6, WIDTH)} for _ in range(2)]
+    else:
+        model = TINY[name].make()
+        backbone, draws = resolve_backbone(model, None), [TINY[name].inputs(i) for i in range(2)]
+    double = backbone.lists[0]
+    blocks = getattr(model, double.path)
+    hand_through(blocks[-1], double.returned)
+    return model, backbone, draws, len(blocks)
+
+
+JOINING = ("toy", "Flux2Transformer2DModel", "ChromaTransformer2DModel")
+
+
+@pytest.mark.parametrize("name", JOINING)
+def test_residual_across_two_lists(name):
+    """Where the layers left out change nothing, the two tensors that entered them, joined as the
+    adapter says, are what leaves them: so the residual is zero and a reuse of other inputs exact,
+    which ``hold`` is not.
+    """
+    model, backbone, draws, double = joining(name)
+    expected = [sampled(model, inputs) for inputs in draws]
+    depth = bind(backbone, model).depth
+    worst = {}
+    for estimator in ("residual", "hold"):
+        apply_skip_cache(
+            model,
+            adapter=backbone,
+            front_layers=double - 1,
+            back_layers=depth - double,
+            schedule=MaskSchedule((0,), steps=2),
+            estimator=estimator,
+        )
+        with skip_cache_run(model):
+            found = [sampled(model, inputs) for inputs in draws]
+        assert cache_stats(model).plan == "Fr"
+        assert torch.equal(found[0], expected[0])
+        worst[estimator] = float((found[1] - expected[1]).abs().max())
+    assert worst["residual"] < 1e-5 < 0.1 < worst["hold"]
+
+
+@pytest.mark.parametrize("name", JOINING)
+def test_skip_branch_across_two_lists(name):
+    """A skip taken in the two-stream layers and merged in a single-stream one is both of its
+    tensors, joined: here just what enters the merging layer.
+    """
+    model, backbone, draws, double = joining(name)
+    width = WIDTH if name == "toy" else backbone.hidden_size
+    merging = getattr(model, backbone.lists[1].path)[0]
+    entered: list[torch.Tensor] = []
+
+    def note(block, args, kwargs):
+        entered.append(kwargs.get(backbone.lists[1].takes[0], args[0] if args else None))
+
+    handle = merging.register_forward_pre_hook(note, with_kwargs=True)
+    plain = sampled(model, draws[0])
+    branches = SkipBranches(width, bind(backbone, model).depth, pairs=((double - 2, double),))
+    for parameter in branches.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    add_skip_branches(model, branches, adapter=backbone)
+    merged = sampled(model, draws[0])
+    handle.remove()
+    with torch.no_grad():
+        due = branches.by_target()[double](entered[0], entered[0])
+    assert torch.equal(entered[1], due)
+    assert not torch.equal(merged, plain)
+
+
+def test_skip_of_two_forms_is_refused():
+    """A source cannot lead to a two-stream layer and to a single-stream one."""
+    branches = SkipBranches(WIDTH, 7, pairs=((0, 2), (0, 4)))
+    with pytest.raises(BranchError, match="layer 0 is the source of several"):
+        add_skip_branches(AuraLike(), branches, adapter=JOINED)
+
+
+# Where the flow begins anew.
+
+
+@pytest.mark.parametrize("per_layer", [1, 2])
+def test_residual_is_refused_across_a_break(per_layer):
+    """Layers on both sides of the block where other tensors begin are not compared; blocks are
+    counted, not layers.
+    """
+    spec = BlockList("blocks", ("x",), "x", blocks_per_layer=per_layer, breaks=(3 * per_layer,))
+    bound = bind(Backbone("toy", (spec,)), OneList(5 * per_layer))
+    allowed = {
+        (front, back)
+        for front in range(5)
+        for back in range(1, 5 - front)
+        if is_allowed(bound, front, back)
+    }
+    # Resumed at layer 1 or 2, or left off at 3: on one side of the break.
+    assert allowed == {(0, 4), (0, 3), (1, 3), (3, 1)}
+
+
+def is_allowed(bound, front: int, back: int) -> bool:
+    try:
+        bound.check_layers(front, back, needs_shallow=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_break_inside_a_layer():
+    """A break at the second block of a layer is one for what enters the next layer."""
+    spec = BlockList("blocks", ("x",), "x", blocks_per_layer=2, breaks=(3,))
+    bound = bind(Backbone("toy", (spec,)), OneList(8))
+    assert is_allowed(bound, 0, 3)
+    assert not is_allowed(bound, 0, 2)
+    assert not is_allowed(bound, 1, 2)
+    assert is_allowed(bound, 2, 1)
+
+
+def test_motif_refuses_residual_when_applied():
+    """Motif-Video's decoder begins at the noisy video: residual across that is an error of
+    ``apply``, and the model is left alone; before it and behind it, and with hold, all is well.
+    """
+    model = TINY["MotifVideoTransformer3DModel"].make()
+    depth = bind(resolve_backbone(model, None), model).depth
+    begin = depth - model.num_decoder_layers
+    for back in (1, depth - begin):
+        with pytest.raises(ConfigError, match="estimator='hold' or 'taylor'"):
+            apply_skip_cache(model, estimator="residual", back_layers=back)
+        assert not is_skip_cached(model)
+    apply_skip_cache(model, estimator="residual", back_layers=depth - begin + 1)
+    apply_skip_cache(model, estimator="residual", front_layers=begin, back_layers=1)
+    apply_skip_cache(model, estimator="hold")
+
+
+# Modules between the blocks.
+
+
+class Interleaving(nn.Module):
+    """After every second block a side module, taken by index, adds to what flows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(6))
+        self.sides = nn.ModuleList(Plain() for _ in range(3))
+
+    def forward(self, x, timestep=None):
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i % 2 == 1:
+                x = self.sides[i // 2](x, 1.0).to(x.device) + x
+        return x
+
+
+SIDES = Backbone("sides", (X,), interleaved=(BlockList("sides", ("x",), "x"),))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("front", "back", "ran"),
+    [(1, 1, (1, 1, 3)), (0, 1, (1, 1, 3)), (2, 2, (3, 1, 3)), (3, 1, (3, 1, 3))],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_interleaved_modules(front, back, ran, compiled):
+    """On a reuse those between the layers left out do not run, those before and behind them do, and
+    the same input gives the same output; compiled as a whole, too. Taken off, nothing is left.
+    """
+    torch.manual_seed(0)
+    model = Interleaving()
+    keys = {name: sorted(vars(m)) for name, m in model.named_modules()}
+    x = torch.randn(2, 3, WIDTH)
+    plain = model(x)
+    run = torch.compile(model, backend="eager") if compiled else model
+    apply_skip_cache(
+        model,
+        adapter=SIDES,
+        front_layers=front,
+        back_layers=back,
+        schedule=MaskSchedule((0,), steps=3),
+        estimator="hold",
+    )
+    assert type(model.sides[0]) is Plain  # outside a forward the real ones
+    for module in model.modules():
+        if isinstance(module, Plain):
+            module.calls = 0
+    with skip_cache_run(model):
+        for _ in range(3):
+            torch.testing.assert_close(run(x), plain)
+    assert cache_stats(model).plan == "Frr"
+    if not compiled:
+        assert tuple(side.calls for side in model.sides) == ran
+    remove_skip_cache(model)
+    if not compiled:  # torch.compile notes things of its own
+        assert {name: sorted(vars(m)) for name, m in model.named_modules()} == keys
+    assert torch.equal(model(x), plain)
+
+
+@torch.no_grad()
+def test_interleaved_modules_of_a_copy():
+    """A copy leaves out its own, and runs its own weights."""
+    model, x = Interleaving(), torch.randn(2, 3, WIDTH)
+    expected = copy.deepcopy(model)(x)
+    schedule = MaskSchedule((0,), steps=2)
+    apply_skip_cache(model, adapter=SIDES, schedule=schedule, estimator="hold")
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    with skip_cache_run(twin):
+        assert all(torch.equal(twin(x), expected) for _ in range(2))
+    assert [side.calls for side in twin.sides] == [1, 1, 2]
+    assert [side.calls for side in model.sides] == [0, 0, 0]
+
+
+@torch.no_grad()
+def test_face_adapters_of_wan_animate():
+    """Between the layers that a reuse leaves out, the face adapters are left out too, the one in
+    the front runs, and a reuse of the same input is exact.
+    """
+    tiny = TINY["WanAnimateTransformer3DModel"]
+    model = tiny.make()
+    expected = sampled(model, tiny.inputs(0))
+    apply_skip_cache(model, schedule=MaskSchedule((0,), steps=3), estimator="hold")
+    ran: list[int] = []
+    for i, adapter in enumerate(model.face_adapter):
+        adapter.register_forward_hook(lambda *_, i=i: ran.append(i))
+    with skip_cache_run(model):
+        assert all(torch.equal(sampled(model, tiny.inputs(0)), expected) for _ in range(3))
+    assert cache_stats(model).plan == "Frr"
+    assert ran == [0, 1, 0, 0]  # one after the first of four layers, one after the third

@@ -498,3 +498,55 @@ def test_third_party_adapter_is_absent_here():
     assert "toy" not in [adapter.name for adapter in default_registry().adapters()]
     with pytest.raises(NoAdapterError), torch.no_grad():
         default_registry().backbone_of(type("ToyTransformer", (Toy,), {})())
+
+
+# Classes that cannot be cached.
+
+
+class Refuser(Claimer):
+    refusals = {"Toy": "It thinks in circles."}  # noqa: RUF012
+
+
+def test_refused_class_is_told_why(registry):
+    """A class that no adapter claims and one refuses is no class that nobody knows: the error has
+    the sentence why, for its subclasses too.
+    """
+    registry.register(Claimer(), "a")
+    registry.register(Refuser(), "b")
+
+    class Own(Toy):
+        pass
+
+    for model in (Toy(), Own()):
+        with pytest.raises(AdapterError, match="Toy cannot be cached, says 'b': It th") as caught:
+            registry.backbone_of(model)
+        assert caught.type is AdapterError  # which "auto" does not take for a reason to guess
+    with pytest.raises(NoAdapterError):
+        registry.backbone_of(nn.Identity())
+
+
+def test_claim_goes_before_refusal(registry):
+    """Whoever claims the model can describe it, whatever another one says."""
+    registry.register(Claimer(backbone_named("brave")), "a")
+    registry.register(Refuser(), "b")
+    assert registry.backbone_of(Toy()).name == "brave"
+
+
+@pytest.mark.parametrize("refusals", ["Toy", ("Toy",), {"Toy": None}, {1: "No."}])
+def test_refusals_are_sentences_by_class_name(registry, refusals):
+    """Anything but a mapping of names to sentences is refused when registered."""
+    plugin = Claimer()
+    plugin.refusals = refusals
+    with pytest.raises(AdapterError, match=r"adapter 'a': refusals is .*maps class names"):
+        registry.register(plugin, "a")
+    registry.register(Claimer(), "a")  # the name is free still
+
+
+def test_refused_class_is_not_guessed():
+    """``adapter="auto"`` does not try what an adapter says cannot work."""
+    register_adapter(Refuser(), "refuser")
+    try:
+        with pytest.raises(AdapterError, match="It thinks in circles"):
+            apply_skip_cache(Toy(), adapter="auto")
+    finally:
+        unregister_adapter("refuser")

@@ -193,7 +193,7 @@ def results_of(case: AdapterCase) -> dict[str, str]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught_by_its_check(fault):
-    """A wrong adapter, or a model that cannot be cached like that, fails the check that names it."""
+    """A wrong adapter, or a model that cannot be cached so, fails the check that names it."""
     case, name = FAULTS[fault]
     check = next(function for function in CHECKS if function.__name__ == name)
     with pytest.raises((CheckFailure, SkipCacheError)):
@@ -249,7 +249,12 @@ def test_generator_names_every_check():
     assert issubclass(CheckSkipped, unittest.SkipTest)
 
 
-@pytest.mark.parametrize("check", adapter_checks(Forgetful, forgetful_inputs, adapter=Backbone("f", (BOTH,), hidden_size=8)), ids=str)  # fmt: skip
+FORGETFUL = Backbone("f", (BOTH,), hidden_size=8)
+
+
+@pytest.mark.parametrize(
+    "check", adapter_checks(Forgetful, forgetful_inputs, adapter=FORGETFUL), ids=str
+)
 def test_kit_as_a_parametrisation(check):
     """The use that the documentation shows."""
     check()
@@ -289,7 +294,8 @@ def test_unknown_expected_failure_is_refused():
 def test_too_few_layers_are_said():
     """A model without a layer to leave out is told so, not an index error."""
     shallow = functools.partial(transformer_of, "dit", layers=2)
-    case = AdapterCase(shallow, forgetful_inputs, adapter=Backbone("d", (BlockList("transformer_blocks"),)))  # fmt: skip
+    backbone = Backbone("d", (BlockList("transformer_blocks"),))
+    case = AdapterCase(shallow, forgetful_inputs, adapter=backbone)
     with pytest.raises(CheckFailure, match="at least four"):
         _ = case.spans
 
@@ -298,7 +304,8 @@ def test_native_skips_limit_the_spans():
     """Only fronts and backs that do not cut a skip in two are tried."""
     pairs = tuple((i, 5 - i) for i in range(2))
     backbone = Backbone("h", (BlockList("blocks"),), native_skips=pairs)
-    case = AdapterCase(functools.partial(transformer_of, "hunyuan_dit"), forgetful_inputs, adapter=backbone)  # fmt: skip
+    hunyuan = functools.partial(transformer_of, "hunyuan_dit")
+    case = AdapterCase(hunyuan, forgetful_inputs, adapter=backbone)
     assert (1, 1) in case.spans
     assert (1, 2) not in case.spans
 
@@ -313,7 +320,8 @@ from skipcache import Backbone, BlockList
 from skipcache.testing import AdapterCase
 
 def good():
-    return AdapterCase(Forgetful, forgetful_inputs, adapter=Backbone("good", (BOTH,), hidden_size=8))
+    backbone = Backbone("good", (BOTH,), hidden_size=8)
+    return AdapterCase(Forgetful, forgetful_inputs, adapter=backbone)
 
 def bad():
     one = BlockList("blocks", ("hidden_states",), ("hidden_states", None))

@@ -86,7 +86,7 @@ def test_every_transformer_of_the_host_is_claimed_or_refused():
 
 @pytest.mark.skipif(not TRACED.exists(), reason="the list of traced transformers is not here")
 def test_every_traced_transformer_is_claimed_or_refused():
-    """All those traced in the reference list; those on which another cache was exact are claimed."""
+    """All traced in the reference list; those on which another cache was exact are claimed."""
     text = TRACED.read_text()
     names = re.findall(r"^## (\w+)", text, re.MULTILINE)
     assert len(names) > 50

@@ -1,4 +1,4 @@
-"""The judge of samples: a small convolutional classifier, and the Fréchet distance of its features.
+"""The judge of samples: training of a small classifier, and the Fréchet distance of its features.
 
 The distance (torchmetrics) compares with other figures of the same classifier only.
 """
@@ -8,34 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+from skipcache.demo.judge import Classifier
+
 UNKNOWN = -1  # of a label: the answer does not count
-
-
-class Classifier(nn.Module):
-    """Pictures [B, C, 32, 32] in 0..1 to 64 features, with a linear head for each question.
-
-    A clip is a picture with a channel for each frame.
-    """
-
-    num_features = 64
-
-    def __init__(self, answers: Sequence[int], channels: int = 1) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )  # fmt: skip
-        self.heads = nn.ModuleList(nn.Linear(64, count) for count in answers)
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.body(pictures)
 
 
 def train_classifier(

@@ -7,7 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from skipcache import __version__
-from skipcache.cli import adapters, check, convert, demo, smoothness, suggest
+from skipcache.cli import (
+    adapters,
+    bench,
+    check,
+    compare,
+    convert,
+    demo,
+    report,
+    smoothness,
+    suggest,
+)
 from skipcache.errors import SkipCacheError
 
 
@@ -18,7 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"skipcache {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, adapters, check, suggest, convert, smoothness):
+    for command in (
+        demo,
+        compare,
+        bench,
+        report,
+        adapters,
+        check,
+        suggest,
+        convert,
+        smoothness,
+    ):
         command.add_to(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -29,12 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints one line a check, and below it why it failed or was skipped."""
     from skipcache.cli.factory import case_of
     from skipcache.testing import Check, CheckSkipped
-    from skipcache.testing.checks import CHECKS
+    from skipcache.testing.checks import CHECKS, CHECKS_IN_PLACE
 
     case = case_of(arguments.factory, arguments.adapter)
     print(f"adapter {case.backbone.name!r}, {case.depth} layers")
     counts = {"passed": 0, "skipped": 0, "FAILED": 0}
-    for function in CHECKS:
+    for function in CHECKS_IN_PLACE if case.in_place else CHECKS:
         check, reason = Check(function.__name__, function, case), ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

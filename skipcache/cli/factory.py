@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -32,16 +33,15 @@ def case_of(name: str, adapter: str | None = None) -> AdapterCase:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ConfigError(f"{name!r} is not of the form MODULE:FACTORY, as in my_model:tiny.")
-    sys.path.insert(0, "")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # to stay: a factory may import when it is called, much later
     try:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")
-    made = found if isinstance(found, AdapterCase) else found()
+    made = found() if callable(found) else found
     if isinstance(made, AdapterCase):
         case = made
     elif (
@@ -54,11 +54,10 @@ def case_of(name: str, adapter: str | None = None) -> AdapterCase:
         case = AdapterCase(lambda: copy.deepcopy(transformer), lambda seed: varied(inputs, seed))
     else:
         raise ConfigError(
-            f"{name!r} returned {type(made).__name__}. It returns an AdapterCase, or a transformer "
-            "and the keyword arguments of one forward: (transformer, {'hidden_states': ...})."
+            f"{name!r} {'returned' if callable(found) else 'is'} {type(made).__name__}. It returns "
+            "an AdapterCase, or a transformer and the keyword arguments of one forward: "
+            "(transformer, {'hidden_states': ...})."
         )
     if adapter is None:
         return case
-    return AdapterCase(
-        case.make_transformer, case.make_inputs, case.make_other_inputs, adapter, case.seed
-    )
+    return dataclasses.replace(case, adapter=adapter)

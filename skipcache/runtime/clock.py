@@ -304,6 +304,10 @@ class Clock:
             run = self._bare = BareRun(time, token)
         elif time < run.times[-1]:
             run.next_step(time)
+        elif name is not None and name in run.calls:
+            # The pass again, at a time that does not tell (each frame may have one of its own).
+            run.drop()
+            return None
         return run, run.next_stream(name)
 
     def _read_time(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,12 @@ class BoundBackbone:
         """
         entered, resumed = self._list_at(front_layers), self._list_at(resume)
         order = resumed.spec.form_from(entered.spec)
-        breaks = {e.first_layer + i for e in self.lists for i in e.spec.breaks}
+        # What enters a layer is other tensors if a block of the layer before began anew.
+        breaks = {
+            e.first_layer + math.ceil(i / e.spec.blocks_per_layer)
+            for e in self.lists
+            for i in e.spec.breaks
+        }
         if order is None or any(front_layers < layer <= resume for layer in breaks):
             raise ConfigError(
                 f"the estimator compares the feature entering layer {front_layers} with that "

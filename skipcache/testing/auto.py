@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from torch import nn
 from skipcache import api
 from skipcache.backbone import Backbone, BlockList
 from skipcache.config import SkipCacheConfig
-from skipcache.errors import AdapterError
+from skipcache.errors import AdapterError, SkipCacheError
+from skipcache.estimators import Hold
 from skipcache.runtime.controller import Controller
 from skipcache.runtime.layout import BoundBackbone
-from skipcache.testing.case import named_inputs
-from skipcache.testing.guess import guess_backbone
-from skipcache.testing.trace import parameters_of
+from skipcache.testing.case import Inputs, named_inputs
+from skipcache.testing.guess import ENTRY_POINTS, guess_backbone
 
 # Stands for the backbone until there is one; it has no lists, so nothing is cached.
-_NOTHING = BoundBackbone(Backbone("auto", (BlockList("not known yet"),)), (), 0)
+_NOTHING = BoundBackbone(
+    Backbone("auto", (BlockList("not known yet"),), timestep=None, entry_points=ENTRY_POINTS), (), 0
+)
 
 
 class GuessingController(Controller):
@@ -28,9 +31,7 @@ class GuessingController(Controller):
 
     def __init__(self, transformer: nn.Module, config: SkipCacheConfig) -> None:
         """Builds without touching the transformer."""
-        schedule = config.resolve_schedule()
-        estimator = config.resolve_estimator(has_branches=False)
-        super().__init__(transformer, _NOTHING, 0, 1, schedule, estimator)
+        super().__init__(transformer, _NOTHING, 0, 1, config.resolve_schedule(), Hold())
         self.config = config
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -38,27 +39,62 @@ class GuessingController(Controller):
 
         Raises:
             AdapterError: nothing could be guessed; the cache is taken off then.
+            ConfigError: the configuration does not fit what was guessed; likewise.
         """
         if torch.is_grad_enabled():
             self._warn_once("gradients are on, so nothing is guessed yet. Sample under no_grad().")
             return
         transformer = self.transformer
         assert transformer is not None
-        pipelines = [link.pipeline for link in self.clock.links if link.pipeline is not None]
-        context, explicit = self.clock.context, self.clock.explicit
+        clock = self.clock
+        pipelines = [link.pipeline for link in clock.links if link.pipeline is not None]
+        context, explicit = clock.context, clock.explicit
+        taps = [transformer.__dict__.get(name) for name in ENTRY_POINTS]
+
+        def hand_over(controller: Controller) -> None:
+            for pipeline in pipelines:
+                controller.clock.attach(pipeline, fresh=True)
+            controller.install(transformer)
+            # A skip_cache_run under way, a named pass and a method go on with the new controller.
+            clock.explicit = controller.clock.explicit = explicit
+            if context is not None:
+                controller.clock.context = transformer.__dict__["cache_context"] = context
+            for tap in taps:
+                if tap is not None:
+                    tap.controller = controller
+
         self.uninstall(transformer)
-        inputs = named_inputs(parameters_of(transformer), args, kwargs)
         try:
-            controller = api.build_controller(
-                transformer, self.config, guess_backbone(transformer, inputs)
-            )
-        except AdapterError as error:
-            raise AdapterError(f"{error} The cache was taken off again.") from error
-        for pipeline in pipelines:
-            controller.clock.attach(pipeline, fresh=True)
-        controller.install(transformer)
-        # A skip_cache_run under way, and a named pass, go on with the new controller.
-        self.clock.explicit = controller.clock.explicit = explicit
-        if context is not None and controller.clock.context is not None:
-            controller.clock.context.name = context.name
-        controller.before(args, kwargs)
+            backbone = guess_backbone(transformer, _inputs_of(transformer, args, kwargs))
+            following = api.build_controller(transformer, self.config, backbone)
+        except SkipCacheError as error:
+            raise type(error)(f"{error} The cache was taken off again.") from error
+        except BaseException:  # an error of the model's own, or Ctrl-C: wait for the next forward
+            hand_over(self)
+            raise
+        hand_over(following)
+        following.before(args, kwargs)
+
+
+def _inputs_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The arguments of a call by name; without those that only another method takes.
+
+    Raises:
+        AdapterError: one was passed by position, and the forward has no name for it.
+    """
+    parameters = list(inspect.signature(type(transformer).forward).parameters.values())[1:]
+    kinds = {parameter.kind for parameter in parameters}
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if (args and inspect.Parameter.POSITIONAL_ONLY in kinds) or (
+        len(args) > len(named) and inspect.Parameter.VAR_POSITIONAL in kinds
+    ):
+        raise AdapterError(
+            f"{type(transformer).__qualname__!r} cannot be guessed: its forward has no names for "
+            "what it was given by position. Pass it by keyword, or write an adapter, see "
+            "docs/how-to/write-an-adapter.md."
+        )
+    inputs = named_inputs(named, args, kwargs)
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return inputs
+    known = {parameter.name for parameter in parameters}
+    return {name: value for name, value in inputs.items() if name in known}

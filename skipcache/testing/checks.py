@@ -230,7 +230,7 @@ def check_no_list_is_missing(case: AdapterCase) -> None:
     """
     transformer = case.build()
     named = {entry.spec.path for entry in case.bind(transformer).lists}
-    every = lists_in(transformer)
+    every = lists_in(transformer, named)
     with recorded(every) as calls:
         case.run(transformer, case.at_noise(0))
     walked = {call.path for call in calls if len(every[call.path]) > 1 or call.path in named}

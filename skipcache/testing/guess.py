@@ -17,10 +17,19 @@ from torch import nn
 
 from skipcache.backbone import Backbone, BlockList, LayerLists, Timestep, Zipped
 from skipcache.errors import AdapterError, SkipCacheError
-from skipcache.testing.case import AdapterCase, CheckFailure, CheckSkipped, Inputs
+from skipcache.testing.case import (
+    AdapterCase,
+    CheckFailure,
+    CheckSkipped,
+    Inputs,
+    copy_of_inputs,
+    seeded,
+)
 from skipcache.testing.checks import CHECKS_IN_PLACE, COVERED_SHARE
 from skipcache.testing.trace import BlockCall, is_tensor, lists_in, parameters_of, recorded
 
+# Methods that samplers of research code call in place of the module.
+ENTRY_POINTS = ("forward_with_cfg",)
 TIME_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
 
 
@@ -39,13 +48,14 @@ def guess_backbone(transformer: nn.Module, inputs: Inputs, name: str = "auto") -
         AdapterError: no list of blocks through which tensors flow was found, or the checks failed
             on all that was proposed; the message says where and why.
     """
-    proposals = propose_backbones(transformer, inputs, name)
     failures: list[str] = []
-    for proposal in proposals:
-        failure = _first_failure(transformer, inputs, proposal)
-        if failure is None:
-            return proposal
-        failures.append(failure)
+    # Compiled, a block may not notice that its calls are recorded.
+    with torch.compiler.set_stance("force_eager"):
+        for proposal in propose_backbones(transformer, inputs, name):
+            failure = _first_failure(transformer, inputs, proposal)
+            if failure is None:
+                return proposal
+            failures.append(failure)
     raise AdapterError(
         f"{type(transformer).__qualname__!r} cannot be guessed: {failures[0]} Write an adapter, "
         "see docs/how-to/write-an-adapter.md."
@@ -83,6 +93,7 @@ def propose_backbones(transformer: nn.Module, inputs: Inputs, name: str) -> list
                     name=name,
                     lists=tuple(entry.said for entry in lists),
                     timestep=timestep,
+                    entry_points=tuple(m for m in ENTRY_POINTS if hasattr(type(transformer), m)),
                     hidden_size=main.width,
                     always_run=tuple(always_run),
                 )
@@ -119,6 +130,8 @@ def adapter_source(transformer: nn.Module, backbone: Backbone) -> str:
         "timestep=" + _timestep_source(backbone.timestep),
         "hidden_size=" + _width_source(transformer, backbone.hidden_size),
     ]
+    if backbone.entry_points:
+        fields.append(f"entry_points={_quoted(backbone.entry_points)}")
     if backbone.always_run:
         fields.append("always_run=" + _tuple_source([_quoted(p) for p in backbone.always_run]))
     unknown_time = (
@@ -200,8 +213,8 @@ class _Traced:
 
 def _trace(transformer: nn.Module, inputs: Inputs) -> list[_Traced]:
     lists = lists_in(transformer)
-    with recorded(lists) as calls, torch.no_grad():
-        transformer(**inputs)
+    with recorded(lists) as calls, torch.no_grad(), seeded(0):
+        transformer(**copy_of_inputs(inputs))
     counts = Counter((call.path, call.index) for call in calls)
     walked = [
         path
@@ -240,8 +253,9 @@ def _flow_of(calls: list[BlockCall]) -> BlockList | None:
     """What flows from each call of one list to the next; None where nothing does."""
     per_layer = 1
     kinds = [type(call.block) for call in calls]
-    if len(set(kinds)) == 2 and kinds == kinds[:2] * (len(kinds) // 2):
-        per_layer = 2
+    shapes = [next((v.shape for v in c.inputs.values() if is_tensor(v)), None) for c in calls]
+    if any(len(set(of)) == 2 and of == of[:2] * (len(of) // 2) for of in (kinds, shapes)):
+        per_layer = 2  # of two classes, or of one class on two layouts (Latte), in turns
     votes: Counter[tuple[str | None, ...]] = Counter()
     # The last block is not asked: it may leave out what nobody takes from it.
     for call, following in pairwise(calls):
@@ -359,6 +373,8 @@ def varied(inputs: Mapping[str, Any], seed: int) -> Inputs:
         if not is_tensor(value):
             return value
         noise = torch.randn(value.shape, generator=draw).to(value.device, value.dtype)
+        if value.numel() == 1:  # of which there is no deviation
+            return value + noise
         return value + noise * value.float().std().nan_to_num(1.0).to(value.dtype)
 
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +40,16 @@ class BlockCall:
         return self.output if isinstance(self.output, tuple) else (self.output,)
 
 
-def lists_in(transformer: nn.Module) -> dict[str, nn.ModuleList]:
-    """Every ``nn.ModuleList`` that is not inside a member of another, by path."""
+def lists_in(transformer: nn.Module, named: Iterable[str] = ()) -> dict[str, nn.ModuleList]:
+    """Every ``nn.ModuleList`` that is not inside a member of another, by path; of one that has a
+    named list inside, those inside in its place.
+    """
     found: dict[str, nn.ModuleList] = {}
     for path, module in transformer.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{outer}.") for outer in found
+        if (
+            isinstance(module, nn.ModuleList)
+            and not any(path.startswith(f"{outer}.") for outer in found)
+            and not any(name.startswith(f"{path}.") for name in named)
         ):
             found[path] = module
     return found

@@ -82,6 +82,7 @@ class Cell:
         latent_error: relative L2 error of the final latents.
         frechet: where a reference set or feature extractor is at hand.
         accuracy: fraction of samples that the task's classifier reads as what was asked for.
+        clip_score: mean CLIP score, where a CLIP model is given.
         is_repeatable: whether the same seed gave the same picture twice; None: not tried.
         pictures: files of the samples shown, relative to the results; those of a video are GIFs.
     """
@@ -108,6 +109,7 @@ class Cell:
     latent_error: Spread | None = None
     frechet: Frechet | None = None
     accuracy: float | None = None
+    clip_score: float | None = None
     is_repeatable: bool | None = None
     pictures: tuple[str, ...] = ()
 
@@ -220,4 +222,5 @@ def _row(cell: Cell) -> dict[str, Any]:
         row[f"{name}_deviation"] = spread.deviation if spread else None
     for name in ("value", "drift", "low", "high", "samples"):
         row[f"frechet_{name}"] = getattr(cell.frechet, name) if cell.frechet else None
-    return {**row, "accuracy": cell.accuracy, "is_repeatable": cell.is_repeatable}
+    last = ("accuracy", "clip_score", "is_repeatable")
+    return row | {name: getattr(cell, name) for name in last}

@@ -1,0 +1,57 @@
+"""Trains the judges that come with skipcache: of pictures of items, and of clips of them.
+
+    python examples/fashion_video/train_judges.py
+
+Each is a small classifier with the features of real pictures that were held out, on which
+``skipcache bench`` measures accuracy and Fréchet distances.
+"""
+
+import argparse
+from pathlib import Path
+
+import neighbours  # noqa: F401
+import torch
+from safetensors.torch import save_file
+
+# isort: split
+from motions import MOTIONS
+
+import data
+from evaluate import draw_clips
+from judge import train_classifier
+from skipcache.demo.judge import FOLDER, Classifier
+
+
+@torch.no_grad()
+def save(model: Classifier, real: torch.Tensor, path: Path) -> None:
+    """Writes the weights and the sums of the features of real pictures [N, C, 32, 32]."""
+    features = torch.cat([model(batch) for batch in real.split(500)]).double()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors |= {"features_sum": features.sum(0), "features_cov_sum": features.T @ features}
+    save_file({**tensors, "count": torch.tensor(len(real))}, path)
+    print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, {len(real)} real pictures")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=data.DEFAULT_FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--clips", type=int, default=16000, help="that the judge learns from")
+    parser.add_argument("--epochs", type=int, default=4)
+    args = parser.parse_args()
+
+    train, labels = data.load("train", args.data)
+    test, _ = data.load("t10k", args.data)
+    answers = [len(data.CLASS_NAMES)]
+    model = train_classifier(train.float() / 255, labels[:, None], answers, args.epochs)
+    save(model, test.float() / 255, args.out / "class-to-image.safetensors")
+
+    clips, labels = draw_clips("train", args.data, args.clips)
+    real, _ = draw_clips("t10k", args.data, 10000)
+    model = train_classifier(clips, labels, [*answers, len(MOTIONS)], args.epochs + 2)
+    save(model, real, args.out / "video.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Which methods are compared when nothing else is said."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from skipcache.evaluation.bench.methods import Method, fewer_steps_method, skip_cache_method
+
+SPEEDUPS = (1.5, 2.0, 3.0)
+
+
+def own_methods(quick: bool = False) -> list[Method]:
+    """Our settings: the default estimator, the training-free one and the paper's."""
+    if quick:
+        return [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3)]
+    found = [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3, 4, 5, 6)]
+    for estimator in ("taylor(2)", "hold"):
+        found += [
+            skip_cache_method(f"interval {n}", estimator, interval=n, estimator=estimator)
+            for n in (2, 3, 4)
+        ]
+    return found
+
+
+def fewer_steps(steps: int, quick: bool = False) -> list[Method]:
+    """The uncached pipeline with so many fewer steps."""
+    return [
+        fewer_steps_method(max(1, round(steps / speedup)))
+        for speedup in (SPEEDUPS[1:2] if quick else SPEEDUPS)
+    ]
+
+
+def all_methods(steps: int, *, quick: bool = False, with_rivals: bool = True) -> list[Method]:
+    """Ours, fewer steps, and the rivals."""
+    found = [*own_methods(quick), *fewer_steps(steps, quick)]
+    if with_rivals:
+        from skipcache.evaluation.bench.rivals import rivals
+
+        found += rivals(quick)
+    return found
+
+
+def missing_packages(names: Sequence[str] = ("cache_dit",)) -> list[str]:
+    """Packages of rivals that are not installed, by their names on the index."""
+    return [n.replace("_", "-") for n in names if importlib.util.find_spec(n) is None]
