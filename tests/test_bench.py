@@ -360,7 +360,7 @@ def test_subjects_that_cannot_be(tmp_path):
 def test_grids_have_no_two_cells_of_one_name():
     """Every method of a grid has a key of its own, ours among them, fewer steps too."""
     for quick in (True, False):
-        found = all_methods(50, quick=quick, with_rivals=False)
+        found = all_methods(subject(), quick=quick, with_rivals=False)
         keys = [Cell(m.family, m.name, m.setting).key for m in [UNCACHED, *found]]
         assert len(set(keys)) == len(keys)
         json.dumps([dict(method.options) for method in found])

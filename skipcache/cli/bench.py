@@ -26,6 +26,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="few settings, samples and steps")
     parser.add_argument("--no-rivals", action="store_true", help="our methods and fewer steps only")
     parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="of the methods, those that have it in their name"
+    )
+    parser.add_argument(
         "--samples", type=int, help="compared with the uncached ones; default 64, quick 20"
     )
     parser.add_argument(
@@ -116,10 +119,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not arguments.no_rivals and (missing := missing_packages()):
         print(f"Not installed, and left out: {', '.join(missing)}.", file=sys.stderr)
-    methods = all_methods(subject.steps, quick=quick, with_rivals=not arguments.no_rivals)
+    methods = all_methods(
+        subject, quick=quick, with_rivals=not arguments.no_rivals, seed=arguments.seed
+    )
+    if arguments.only:
+        wanted = [text.lower() for text in arguments.only]
+        keys = [f"{m.family} / {m.name} / {m.setting}" for m in methods]
+        named = zip(methods, keys, strict=True)
+        methods = [m for m, key in named if any(text in key.lower() for text in wanted)]
+        if not methods:
+            raise ConfigError(f"no method has {arguments.only} in its name: {keys}")
     out = arguments.out or Path(f"bench-{Path(subject.name).name}")
     command = ("skipcache", *sys.argv[1:])
-    with tqdm(total=len(methods) + 2 + plan.repeats, unit="part") as bar:
+    with tqdm(total=len(methods) + 1 + plan.repeats, unit="part") as bar:
 
         def progress(text: str) -> None:
             bar.set_postfix_str(text)

@@ -13,7 +13,6 @@ the models that they know is done here for all, as a user of those models would 
 
 from __future__ import annotations
 
-import ast
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -214,7 +213,7 @@ def faster_cache(
 
 
 def _is_guidance_distilled(transformer: Any) -> bool:
-    """Whether its pipeline makes no unconditional half: guidance is an input, or was in training."""
+    """Whether its pipeline makes no unconditional half: guidance is an input, or there is none."""
     return type(transformer).__name__.startswith("Flux") or bool(
         getattr(transformer.config, "guidance_embeds", False)
     )
@@ -302,20 +301,18 @@ class MagRatios:
             redirect_stdout(printed),
         ):
             self._sample(pipeline, steps)
-        found = re.search(r"Calibration Complete[^\n]*\n(\[[^\]]*\])", printed.getvalue())
+        found = re.search(r"Calibration Complete[^\n]*\n\[([^\]]*)\]", printed.getvalue())
         if found is None:
             raise Unavailable(
                 f"MagCache's calibration of {steps} steps printed no ratios: the transformer was "
                 "called less often."
             )
-        return [float(ratio) for ratio in ast.literal_eval(found[1])]
+        return [float(ratio) for ratio in found[1].split(",")]
 
 
 def _fingerprint(transformer: nn.Module) -> tuple[Any, ...]:
     """Tells models from each other, and a copy not from its original."""
-    firsts = tuple(
-        float(parameter.detach().reshape(-1)[0]) for parameter in transformer.parameters()
-    )
+    firsts = tuple(float(p.detach().reshape(-1)[0]) for p in transformer.parameters())
     return type(transformer).__name__, hash(firsts)
 
 

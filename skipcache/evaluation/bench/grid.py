@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from skipcache.evaluation.bench.methods import Method, fewer_steps_method, skip_cache_method
+from skipcache.evaluation.bench.subjects import Subject
 
 SPEEDUPS = (1.5, 2.0, 3.0)
 
@@ -31,13 +33,19 @@ def fewer_steps(steps: int, quick: bool = False) -> list[Method]:
     ]
 
 
-def all_methods(steps: int, *, quick: bool = False, with_rivals: bool = True) -> list[Method]:
+def all_methods(
+    subject: Subject, *, quick: bool = False, with_rivals: bool = True, seed: int = 0
+) -> list[Method]:
     """Ours, fewer steps, and the rivals."""
-    found = [*own_methods(quick), *fewer_steps(steps, quick)]
+    found = [*own_methods(quick), *fewer_steps(subject.steps, quick)]
     if with_rivals:
         from skipcache.evaluation.bench.rivals import rivals
 
-        found += rivals(quick)
+        def sample(pipeline: Any, steps: int) -> None:
+            call = subject.call_of(range(subject.batch_size), seed)
+            pipeline(**{**call, "num_inference_steps": steps})
+
+        found += rivals(quick, sample)
     return found
 
 

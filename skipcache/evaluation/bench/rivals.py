@@ -203,8 +203,8 @@ def _imported_cache_dit() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what its own imports warn of
             return importlib.import_module("cache_dit")
-    except ImportError as error:
-        if error.name == "cache_dit":
+    except Exception as error:
+        if isinstance(error, ImportError) and error.name == "cache_dit":
             raise Unavailable(_NO_CACHE_DIT) from None
         raise Unavailable(f"cache-dit cannot be imported: {error}") from error
 

@@ -15,7 +15,7 @@ import statistics
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Plan:
     Attributes:
         samples: compared with the uncached ones, of the same noise.
         judged: samples for Fréchet distance and accuracy, at least ``samples``.
-        repeats: timed runs a method, after a warm-up.
+        repeats: timed runs a method; its samples come before, and are the warm-up.
         seed: of the noise.
         shown: samples that are saved as pictures.
     """
@@ -164,15 +164,13 @@ class _Bench:
                         cell = dataclasses.replace(cell, is_repeatable=False)
                 if cell.is_repeatable is None:
                     cell = dataclasses.replace(cell, is_repeatable=True)
+                with track.following() if track else nullcontext(), _peak_memory(subject) as peak:
+                    self._sample(pipeline, method, batches[0])
                 if track is not None:
-                    with track.following():
-                        self._sample(pipeline, method, batches[0])
                     ran = sum(sum(call) for call in track.calls)
                     cell = dataclasses.replace(
                         cell, ran=track.ran, layers_run=ran, layers_total=self._total(method, ran)
                     )
-                with _peak_memory(subject) as peak:
-                    self._sample(pipeline, method, batches[0])
                 cell = dataclasses.replace(
                     cell, peak_bytes=peak[0], cache_bytes=_cache_bytes(method, pipeline)
                 )
@@ -239,28 +237,27 @@ class _Bench:
         )
 
     def time(self, methods: Sequence[Method], progress: Callable[[str], object]) -> None:
-        """Seconds of every method that runs, in turns."""
+        """Seconds of every method that runs, in turns. The samples before were the warm-up; after a
+        stop there is one of the uncached pipeline.
+        """
         running = [m for m in methods if m != UNCACHED and self.cells[_key(m)].status == "ok"]
+        if len(self.cells[_key(UNCACHED)].seconds) and running:
+            self._seconds(UNCACHED)
         done = min((len(self.cells[_key(m)].seconds) for m in running), default=0)
-        last = self.plan.repeats if done < self.plan.repeats else -1
-        for turn in range(done, last + 1):
-            is_warm_up = turn == done
+        for turn in range(done, self.plan.repeats):
             uncached = float("nan")
             for i, method in enumerate(running):
                 if i % UNCACHED_EVERY == 0:
                     uncached = self._seconds(UNCACHED)
-                if len(self.cells[_key(method)].seconds) >= self.plan.repeats:
+                if len(self.cells[_key(method)].seconds) > turn:
                     continue
                 try:
-                    seconds = self._seconds(method)
+                    self._add_time(method, self._seconds(method), uncached)
                 except Exception as error:
                     cell = self.cells[_key(method)]
                     self._put(dataclasses.replace(cell, status="failed", message=_message(error)))
                     _let_go()
-                    continue
-                if not is_warm_up:
-                    self._add_time(method, seconds, uncached)
-            progress(f"warm-up of {len(running)}" if is_warm_up else f"turn {turn} of times")
+            progress(f"turn {turn + 1} of times")
 
     def _add_time(self, method: Method, seconds: float, uncached: float) -> None:
         cell = self.cells[_key(method)]

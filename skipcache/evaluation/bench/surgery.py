@@ -62,14 +62,18 @@ def restored(pipeline: Any) -> Iterator[None]:
 def quiet(package: str) -> Iterator[None]:
     """Only errors are logged by that package, which must have been imported."""
     names = [package, *(n for n in logging.root.manager.loggerDict if n.startswith(f"{package}."))]
-    levels = {name: logging.getLogger(name).level for name in names}
+    loggers = [logging.getLogger(name) for name in names]
+    # The handlers, too: a module that is imported later makes a logger for them.
+    speakers: list[logging.Logger | logging.Handler] = [*loggers]
+    speakers += {handler for logger in loggers for handler in logger.handlers}
+    levels = [speaker.level for speaker in speakers]
     try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for speaker in speakers:
+            speaker.setLevel(logging.ERROR)
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for speaker, level in zip(speakers, levels, strict=True):
+            speaker.setLevel(level)
 
 
 def give_cache_mixin(transformer: nn.Module) -> None:
@@ -96,6 +100,7 @@ class Calls:
         self._named_context = transformer.cache_context
         self._forward = inspect.signature(type(transformer).forward)
         self._named_depth = 0
+        self._given: Any = None
         self._timestep: float | None = None
         self._pass = 0
         self._open = ExitStack()
@@ -115,13 +120,18 @@ class Calls:
             del transformer.cache_context
 
     def current_timestep(self) -> float:
-        """That of the step under way, on the scale of the scheduler."""
+        """The pipeline's; where it has none, what the transformer was called with."""
         own = getattr(self._pipeline, "current_timestep", None)
-        if own is None:
-            own = self._timestep
-        if own is None:
-            raise RuntimeError("the current timestep was asked for outside of a denoising step.")
-        return float(own)
+        if own is not None:
+            return float(own)
+        if self._timestep is None:
+            self._timestep = self._read_timestep()
+        return self._timestep
+
+    def _read_timestep(self) -> float:
+        if self._given is None:
+            raise RuntimeError("the current timestep was asked for, and no call has told any.")
+        return float(torch.as_tensor(self._given).reshape(-1)[0])
 
     @contextmanager
     def _name(self, name: str, **where: Any) -> Iterator[None]:
@@ -134,13 +144,14 @@ class Calls:
                 self._named_depth -= 1
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last, self._timestep = self._timestep, None
+        self._given = self._forward.bind_partial(module, *args, **kwargs).arguments.get("timestep")
         if self._named_depth:
             return
-        found = self._forward.bind_partial(module, *args, **kwargs).arguments.get("timestep")
-        timestep = None if found is None else float(torch.as_tensor(found).reshape(-1)[0])
-        is_again = timestep is not None and timestep == self._timestep
+        if self._given is not None:
+            self._timestep = self._read_timestep()
+        is_again = self._timestep is not None and self._timestep == last
         self._pass = self._pass + 1 if is_again else 0
-        self._timestep = timestep
         self._open.enter_context(self._named_context(f"pass {self._pass}"))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
