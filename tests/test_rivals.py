@@ -305,7 +305,7 @@ def test_every_rival_gives_sane_pictures():
 
     def pictures(pipe: Any, steps: int) -> torch.Tensor:
         return pipe(
-            class_labels=[1, 9],
+            class_labels=[9],
             num_inference_steps=steps,
             guidance_scale=2.0,
             generator=torch.Generator().manual_seed(0),
@@ -355,7 +355,7 @@ def install(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
         ("raise ImportError('no such name', name='torch')", "cannot be imported: no such name"),
         ("raise RuntimeError('too old')", "cannot be imported: too old"),
         # Imported, its warning no error of ours, and then of another make.
-        ("import warnings; warnings.warn('old')", "AttributeError: .*DBCacheConfig"),
+        ("import warnings; warnings.warn('old')", "AttributeError: module 'cache_dit' has no"),
     ],
 )
 def test_cache_dit_does_not_fit(install, source, message):

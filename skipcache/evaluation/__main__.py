@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from skipcache.evaluation import benchmark, convert_memory, fits, presets, quality
+from skipcache.evaluation import (
+    benchmark,
+    convert_memory,
+    fits,
+    presets,
+    quality,
+    rival_overhead,
+)
 
 BENCHMARKS: dict[str, Callable[[], str]] = {
     "overhead": benchmark.overhead,
+    "rival-overhead": rival_overhead.rival_overhead,
     "speedup": benchmark.speedup,
     "presets": presets.presets,
     "relayouts": presets.relayouts,
