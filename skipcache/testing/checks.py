@@ -112,7 +112,7 @@ def check_layers_run(case: AdapterCase) -> None:
         for entry in bound.lists
         for i in range(len(entry.module))
     }
-    with recorded(lists) as calls:
+    with recorded(lists, kept=0) as calls:
         case.run(transformer, case.at_noise(0))
     uncached = Counter((call.path, call.index) for call in calls)
     wrong = sorted(str(seat) for seat in layer_of if uncached[seat] != 1)
@@ -125,7 +125,7 @@ def check_layers_run(case: AdapterCase) -> None:
         cached = case.cached(transformer, (front, back), schedule=MaskSchedule((0, 3), steps=4))
         with cached, case.run_of(transformer, 4), _telling_why_not():
             for step, due in enumerate([layer_of, kept, kept, layer_of]):
-                with recorded(lists) as calls:
+                with recorded(lists, kept=0) as calls:
                     case.run(transformer, case.at_noise(step))
                 ran = Counter((call.path, call.index) for call in calls)
                 if ran != Counter(due.keys()):
@@ -150,7 +150,7 @@ def check_interleaved_are_left_out(case: AdapterCase) -> None:
         case.run_of(transformer, 2),
     ):
         for step in range(2):
-            with recorded({e.spec.path: e.module for e in entries}) as calls:
+            with recorded({e.spec.path: e.module for e in entries}, kept=0) as calls:
                 case.run(transformer, case.at_noise(step))
             ran.append(len(calls))
     if not ran[1] < ran[0]:
@@ -163,7 +163,7 @@ def check_order_of_layers(case: AdapterCase) -> None:
     """
     transformer = case.build()
     lists = {entry.spec.path: entry.module for entry in case.bind(transformer).lists}
-    with recorded(lists) as calls:
+    with recorded(lists, kept=0) as calls:
         case.run(transformer, case.at_noise(0))
     due: list[tuple[str, int]] = []
     for entry in case.backbone.lists:
@@ -180,7 +180,8 @@ def check_flow_is_named(case: AdapterCase) -> None:
     """
     transformer = case.build()
     lists = case.bind(transformer).lists
-    with recorded({entry.spec.path: entry.module for entry in lists}) as calls:
+    modules = {entry.spec.path: entry.module for entry in lists}
+    with recorded(modules, kept=4 if case.in_place else None) as calls:
         case.run(transformer, case.at_noise(0))
     specs = {entry.spec.path: entry.spec for entry in lists}
     last = (lists[-1].spec.path, len(lists[-1].module) - 1)
@@ -188,7 +189,8 @@ def check_flow_is_named(case: AdapterCase) -> None:
         _check_returned(call, specs[call.path], is_last=(call.path, call.index) == last)
     for call, following in pairwise(calls):
         spec = specs[call.path]
-        if call.path != following.path or following.index in spec.breaks:
+        has_both = call.has_tensors and following.has_tensors
+        if call.path != following.path or following.index in spec.breaks or not has_both:
             continue
         for position, value in enumerate(call.returned):
             heirs = [name for name, taken in following.inputs.items() if taken is value]
@@ -231,7 +233,7 @@ def check_no_list_is_missing(case: AdapterCase) -> None:
     transformer = case.build()
     named = {entry.spec.path for entry in case.bind(transformer).lists}
     every = lists_in(transformer, named)
-    with recorded(every) as calls:
+    with recorded(every, kept=0) as calls:
         case.run(transformer, case.at_noise(0))
     walked = {call.path for call in calls if len(every[call.path]) > 1 or call.path in named}
     sizes = {path: sum(p.numel() for p in every[path].parameters()) for path in walked}

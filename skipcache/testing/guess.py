@@ -213,7 +213,7 @@ class _Traced:
 
 def _trace(transformer: nn.Module, inputs: Inputs) -> list[_Traced]:
     lists = lists_in(transformer)
-    with recorded(lists) as calls, torch.no_grad(), seeded(0):
+    with recorded(lists, kept=4) as calls, torch.no_grad(), seeded(0):
         transformer(**copy_of_inputs(inputs))
     counts = Counter((call.path, call.index) for call in calls)
     walked = [
@@ -258,13 +258,14 @@ def _flow_of(calls: list[BlockCall]) -> BlockList | None:
         per_layer = 2  # of two classes, or of one class on two layouts (Latte), in turns
     votes: Counter[tuple[str | None, ...]] = Counter()
     # The last block is not asked: it may leave out what nobody takes from it.
-    for call, following in pairwise(calls):
+    pairs = [(a, b) for a, b in pairwise(calls) if a.has_tensors and b.has_tensors]
+    for call, following in pairs:
         names: list[str | None] = []
         for value in call.returned:
             names.append(_heir_of(value, following, names) if is_tensor(value) else None)
         votes[tuple(names)] += 1
     agreed, count = votes.most_common(1)[0]
-    if count < len(calls) - 1 or not any(agreed):
+    if count < len(pairs) or not any(agreed):
         return None
     positions = parameters_of(calls[0].block)
     if not {name for name in agreed if name is not None} <= set(positions):

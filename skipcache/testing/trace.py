@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from skipcache.testing.case import named_inputs
 
@@ -25,6 +26,7 @@ class BlockCall:
         inputs: its arguments by parameter name.
         by_position: how many of them were passed by position.
         output: what it returned.
+        has_tensors: whether these are the tensors themselves, or their outlines on the meta device.
     """
 
     path: str
@@ -33,6 +35,7 @@ class BlockCall:
     inputs: dict[str, Any]
     by_position: int
     output: Any
+    has_tensors: bool = True
 
     @property
     def returned(self) -> tuple[Any, ...]:
@@ -56,18 +59,23 @@ def lists_in(transformer: nn.Module, named: Iterable[str] = ()) -> dict[str, nn.
 
 
 @contextmanager
-def recorded(lists: dict[str, nn.ModuleList]) -> Iterator[list[BlockCall]]:
+def recorded(lists: dict[str, nn.ModuleList], kept: int | None = None) -> Iterator[list[BlockCall]]:
     """Records the calls of all members of the lists within a ``with`` block, in the order in which
     they ended.
+
+    Args:
+        lists: whose members are recorded.
+        kept: of so many first members, and of the last two, the tensors are kept, of the others
+            their outlines: a large model's would not fit the memory. None: of all.
     """
     calls: list[BlockCall] = []
     handles = []
     for path, module in lists.items():
         for index, block in enumerate(module._modules.values()):
             assert block is not None
-            handles.append(
-                block.register_forward_hook(_Recorder(path, index, calls), with_kwargs=True)
-            )
+            keeps = kept is None or index < kept or (kept > 0 and index >= len(module) - 2)
+            recorder = _Recorder(path, index, calls, keeps)
+            handles.append(block.register_forward_hook(recorder, with_kwargs=True))
     try:
         yield calls
     finally:
@@ -76,15 +84,23 @@ def recorded(lists: dict[str, nn.ModuleList]) -> Iterator[list[BlockCall]]:
 
 
 class _Recorder:
-    def __init__(self, path: str, index: int, calls: list[BlockCall]) -> None:
-        self.path, self.index, self.calls = path, index, calls
+    def __init__(self, path: str, index: int, calls: list[BlockCall], keeps: bool) -> None:
+        self.path, self.index, self.calls, self.keeps = path, index, calls, keeps
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         parameters = parameters_of(block)
         inputs = named_inputs(parameters, args, kwargs)
-        self.calls.append(BlockCall(self.path, self.index, block, inputs, len(args), output))
+        if not self.keeps:
+            inputs, output = pytree.tree_map(_outline, (inputs, output))
+        call = BlockCall(self.path, self.index, block, inputs, len(args), output, self.keeps)
+        self.calls.append(call)
+
+
+def _outline(value: Any) -> Any:
+    """A tensor on the meta device: shape and dtype alone."""
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
 
 def parameters_of(module: nn.Module) -> list[str]:

@@ -151,7 +151,7 @@ class Calls:
         if self._given is not None:
             self._timestep = self._read_timestep()
         is_again = self._timestep is not None and self._timestep == last
-        self._pass = 0
+        self._pass = self._pass + 1 if is_again else 0
         self._open.enter_context(self._named_context(f"pass {self._pass}"))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
