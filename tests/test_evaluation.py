@@ -109,7 +109,7 @@ def test_unknown_benchmark_is_refused(capsys):
     """A misspelt name ends with the list of names, before anything runs."""
     with pytest.raises(SystemExit):
         main(["speed"])
-    names = "overhead, speedup, presets, relayouts, memory, syncs, estimators"
+    names = "presets, sizes, relayouts, memory, syncs, estimators"
     assert names in capsys.readouterr().err
 
 
@@ -156,6 +156,21 @@ def test_presets_benchmark_counts_the_ideal(monkeypatch):
         assert uncached > 0
         assert cached > 0
         assert ratio == pytest.approx(speedup / ideal, abs=0.002)
+
+
+def test_sizes_benchmark_counts_the_ideal(monkeypatch):
+    """Models without a preset are measured by the default settings; here tiny ones."""
+    flux = functools.partial(models.flux_dev, 2, 4, tokens=4, heads=2, head_width=32)
+    wan = functools.partial(models.wan_1_3b, layers=6, sample_size=4, heads=2, head_width=12)
+    monkeypatch.setattr(models, "flux_dev", flux)
+    monkeypatch.setattr(models, "wan_1_3b", wan)
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in presets.sizes(repeats=1).splitlines()[2:]
+    ]
+    # Times 1, 7/8, ..., 1/8 in the window 0.98 to 0.02, six layers of which a reuse runs two.
+    plans = {(row[0], row[4]) for row in rows}
+    assert plans == {("FrFrFrFr", "1.500")}
 
 
 def test_relayouts_benchmark_measures_both_ways(monkeypatch):

@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[], str]] = {
     "rival-overhead": rival_overhead.rival_overhead,
     "speedup": benchmark.speedup,
     "presets": presets.presets,
+    "sizes": presets.sizes,
     "relayouts": presets.relayouts,
     "memory": benchmark.memory,
     "syncs": benchmark.syncs,

@@ -186,3 +186,77 @@ def hunyuan_g_2(
         "return_dict": False,
     }
     return transformer, inputs
+
+
+def flux_dev(
+    double_layers: int = 3,
+    single_layers: int = 6,
+    tokens: int = 256,
+    heads: int = 24,
+    head_width: int = 128,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Flux.1-dev (width 3072), random weights, fp32. Cut: 3 + 6 of 19 + 38 layers, 256 of 4096
+    picture tokens, 64 of 512 text tokens.
+
+    Args:
+        double_layers: two-stream layers.
+        single_layers: single-stream layers.
+        tokens: of the picture.
+        heads: attention heads.
+        head_width: channels a head, a multiple of 32.
+
+    Returns:
+        The transformer, and one forward's inputs but for the timestep.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        num_layers=double_layers,
+        num_single_layers=single_layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        guidance_embeds=True,
+        axes_dims_rope=(head_width // 8, 7 * head_width // 16, 7 * head_width // 16),
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, tokens, 64),
+        "encoder_hidden_states": torch.randn(1, 64, 4096),
+        "pooled_projections": torch.randn(1, 768),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(64, 3),
+    }
+    return transformer, inputs
+
+
+def wan_1_3b(
+    layers: int = 15, frames: int = 4, sample_size: int = 16, heads: int = 12, head_width: int = 128
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Wan 2.1 of 1.3 billion weights (width 1536), random weights, fp32. Cut: 15 of 30 layers, 4 of
+    21 latent frames, 64 of 1560 tokens a frame, 64 of 512 text tokens.
+
+    Args:
+        layers: depth L.
+        frames: of latents.
+        sample_size: latent height and width; tokens a frame are (sample_size / 2)^2.
+        heads: attention heads.
+        head_width: channels a head.
+
+    Returns:
+        The transformer, and one forward's inputs but for the timestep.
+    """
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        ffn_dim=35 * heads * head_width // 6,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, frames, sample_size, sample_size),
+        "encoder_hidden_states": torch.randn(1, 64, 4096),
+    }
+    return transformer, inputs

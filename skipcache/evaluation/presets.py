@@ -36,15 +36,26 @@ def presets(repeats: int = 7, steps: int = 8) -> str:
     return format_table(columns, rows)
 
 
+def sizes(repeats: int = 5, steps: int = 8) -> str:
+    """Speedup at interval 2 on transformers of the width of Flux-dev and Wan-1.3B."""
+    rows = [
+        row("Flux-dev width, 3 + 6 layers, 256 + 64 tokens", *models.flux_dev(), repeats, steps),
+        row("Wan-1.3B width, 15 layers, 4 x 64 tokens", *models.wan_1_3b(), repeats, steps),
+    ]
+    columns = ["transformer", "plan", "uncached, s", "cached, s"]
+    columns += ["speedup (wall-clock)", "ideal (layers)", "of ideal"]
+    return format_table(columns, [[cells[0], *cells[2:]] for cells in rows])
+
+
 def row(
     name: str, transformer: nn.Module, inputs: dict[str, Any], repeats: int, steps: int
 ) -> list[str]:
-    """One model under the preset that it gets by itself. A model without skips is given branches,
-    which run in every variant.
+    """One model under the preset that it gets by itself, if it has one. A model of a family with a
+    preset and without skips is given branches, which run in every variant.
     """
     transformer, inputs = _placed(transformer, inputs)
     backbone = plugins.resolve_backbone(transformer, None)
-    if not backbone.native_skips:
+    if backbone.preset is not None and not backbone.native_skips:
         assert backbone.hidden_size is not None
         depth = len(transformer.transformer_blocks)  # type: ignore[arg-type]
         add_skip_branches(transformer, SkipBranches(backbone.hidden_size, depth, form="replace"))
@@ -52,7 +63,8 @@ def row(
 
     def cached() -> float:
         with api.skip_cache(transformer, interval=2):
-            times = [1000.0 - 1000 * i // steps for i in range(steps)]
+            noise = 1000.0 if backbone.timestep is None else backbone.timestep.noise
+            times = [noise * (1 - i / steps) for i in range(steps)]
             with api.skip_cache_run(transformer, timesteps=times):
                 seconds = run_steps(transformer, inputs, steps)
             found.append(api.cache_stats(transformer))
