@@ -421,3 +421,27 @@ def test_command_refuses_a_pipeline_without_transformer(tmp_path, capsys):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
     assert main(["bench", str(tmp_path / "pipe")]) == 1
     assert "transformer" in capsys.readouterr().err
+
+
+def test_command_takes_only_the_methods_named(tmp_path, capsys):
+    """``--only`` leaves the others out, and names what there is where nothing fits."""
+    build("dit", scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pipe")
+    command = ["bench", str(tmp_path / "pipe"), "--quick", "--no-rivals", "--steps", "4"]
+    command += ["--samples", "1", "--out", str(tmp_path / "out"), "--only"]
+    assert main([*command, "Interval 3"]) == 0
+    assert [c.setting for c in Results.load(tmp_path / "out").cells] == ["", "interval 3"]
+    assert main([*command, "nothing like it"]) == 1
+    assert "fewer steps / fewer steps / 2 steps" in capsys.readouterr().err
+
+
+def test_compare_writes_one_page(tmp_path, capsys):
+    """One command, one file with the pictures inside."""
+    pytest.importorskip("jinja2")
+    build("dit", scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pipe")
+    page = tmp_path / "page.html"
+    command = ["compare", str(tmp_path / "pipe"), "--steps", "4", "--samples", "2"]
+    assert main([*command, "--labels", "1", "--interval", "3", "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "interval 3" in text
+    assert text.count("data:image/png;base64") >= 4
+    assert f"Page: {page}" in capsys.readouterr().out
