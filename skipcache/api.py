@@ -63,7 +63,8 @@ def apply_skip_cache(
         window: (start, stop) in normalised time, 1 = noise: outside it every step refreshes;
             default (0.98, 0.02).
         front_layers: layers at the front that always run; default 1.
-        back_layers: layers at the back that always run, at least 1; default 1.
+        back_layers: layers at the back that always run, at least 0; default 1. With 0 it is the
+            transformer's output that is kept and estimated, by ``"taylor"`` unless said otherwise.
         schedule: when to refresh, instead of ``interval`` and ``window``.
         estimator: what a reuse step takes for the deep feature; see ``SkipCacheConfig``.
         preset: name of settings for what is not given otherwise, such as ``"skip-dit/latte-t2v"``;

@@ -25,7 +25,8 @@ class SkipCacheConfig:
         window: (start, stop) of the interval schedule in normalised time, 1 = noise; default (0.98,
             0.02).
         front_layers: layers at the front that always run, at least 0; default 1.
-        back_layers: layers at the back that always run, at least 1; default 1.
+        back_layers: layers at the back that always run, at least 0; default 1. With 0 it is the
+            transformer's output that is kept and estimated, by ``"taylor"`` unless said otherwise.
         schedule: when, instead of ``interval`` and ``window``.
         estimator: what: ``"hold"``, ``"residual"``, ``"taylor"``, ``"taylor(2)"``, or an
             ``Estimator``. Default: ``"hold"`` where the model has skip branches, else the fit that
@@ -54,7 +55,7 @@ class SkipCacheConfig:
                 "window, or a schedule."
             )
         _check_layers("front_layers", self.front_layers, at_least=0)
-        _check_layers("back_layers", self.back_layers, at_least=1)
+        _check_layers("back_layers", self.back_layers, at_least=0)
         if self.preset is not None:
             preset_named(self.preset)
         self.resolve_schedule()
@@ -114,7 +115,8 @@ class SkipCacheConfig:
         """The estimator to use; the default depends on whether the model has skip branches."""
         estimator = self.estimator
         if estimator is None:
-            estimator = "hold" if has_branches else "taylor(2)"
+            without_branches = "taylor" if self.back_layers == 0 else "taylor(2)"
+            estimator = "hold" if has_branches else without_branches
         if isinstance(estimator, str):
             return estimator_named(estimator)
         if not isinstance(estimator, Estimator) or isinstance(estimator, type):

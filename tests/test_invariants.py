@@ -1156,7 +1156,7 @@ BAD = {
     ),
     "front-negative": ({"front_layers": -1}, ConfigError, "front_layers is -1"),
     "front-float": ({"front_layers": 1.0}, ConfigError, "front_layers is 1.0"),
-    "back-zero": ({"back_layers": 0}, ConfigError, "back_layers is 0"),
+    "back-negative": ({"back_layers": -1}, ConfigError, "back_layers is -1"),
     "interval-zero": ({"interval": 0}, ConfigError, "interval is 0"),
     "interval-negative": ({"interval": -2}, ConfigError, "interval is -2"),
     "interval-float": ({"interval": 2.5}, ConfigError, "interval is 2.5"),

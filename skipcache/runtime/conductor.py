@@ -34,9 +34,8 @@ class PostForwardHook:
         self.conductor = conductor
 
     @outside_graphs
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.conductor.is_inside_method:
-            self.conductor.after(output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return None if self.conductor.is_inside_method else self.conductor.after(output)
 
 
 class Conductor:
@@ -87,8 +86,10 @@ class Conductor:
         """Decides what the forward under way does."""
         self.yield_branches()
 
-    def after(self, output: Any) -> None:
-        """Ends the forward; ``output`` is None when it raised."""
+    def after(self, output: Any) -> Any:
+        """Ends the forward; ``output`` is None when it raised. Returns what is to take its place,
+        None for nothing.
+        """
         self.yield_real_blocks()
 
     def yield_branches(self) -> None:

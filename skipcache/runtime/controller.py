@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from skipcache.errors import ConfigError, NotCachingWarning
 from skipcache.estimators import Estimator, Refresh, Tensors
@@ -118,8 +119,27 @@ class Controller(Conductor):
         for entry, stand_ins in zip(self.bound.interleaved, self.interleaved, strict=True):
             entry.module._stand_ins = stand_ins  # type: ignore[assignment]
 
-    def after(self, output: Any) -> None:
+    def after(self, output: Any) -> Any:
+        instead = None
+        if self.back_layers == 0 and self._current is not None and output is not None:
+            instead = self._exchange(output)
         self._end_forward(succeeded=output is not None)
+        return instead
+
+    def _exchange(self, output: Any) -> Any:
+        """Where no layers run behind the span, it is the transformer's output that a refresh keeps
+        and that a reuse takes an estimate for.
+        """
+        slot = self.slot
+        leaves, structure = pytree.tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if _is_feature(leaf)]
+        if not slot.is_reuse:
+            slot.deep = copy_of(tuple(leaves[i] for i in places)) if slot.keeps else None
+            return None
+        estimate = slot.estimator.estimate(slot.prepared, None)
+        for i, tensor in zip(places, estimate, strict=True):
+            leaves[i] = tensor
+        return pytree.tree_unflatten(leaves, structure)
 
     def _end_forward(self, *, succeeded: bool) -> None:
         self.yield_real_blocks()
@@ -225,6 +245,10 @@ class Controller(Conductor):
                 NotCachingWarning,
                 stacklevel=3,
             )
+
+
+def _is_feature(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _last_reuse(run: Run) -> int:

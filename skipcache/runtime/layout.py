@@ -167,6 +167,12 @@ class BoundBackbone:
         Raises:
             ConfigError: they are different tensors, and no adapter says how they are joined.
         """
+        if resume == self.depth:
+            raise ConfigError(
+                "the estimator compares the shallow feature with the deep one, and with "
+                "back_layers=0 it is the transformer's output that is kept. Use estimator='hold' "
+                "or 'taylor', or back_layers=1."
+            )
         entered, resumed = self._list_at(front_layers), self._list_at(resume)
         order = resumed.spec.form_from(entered.spec)
         # What enters a layer is other tensors if a block of the layer before began anew.

@@ -189,12 +189,12 @@ class MethodTap:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = None
+        output = instead = None
         self.controller.before(args, kwargs)
         self.controller.is_inside_method = True
         try:
             output = getattr(type(self.transformer), self.method)(self.transformer, *args, **kwargs)
         finally:
             self.controller.is_inside_method = False
-            self.controller.after(output)
-        return output
+            instead = self.controller.after(output)
+        return output if instead is None else instead

@@ -97,6 +97,7 @@ class AdapterCase:
             )
         wanted = [(1, back) for back in range(1, self.depth - 1)]
         wanted += [(front, 1) for front in range(self.depth - 1) if front != 1]
+        wanted += [(0, 0), (1, 0), (self.depth - 1, 0)]
         bound = self.bind(self._built)
         allowed = [pair for pair in wanted if _is_allowed(bound, *pair)]
         if self.in_place and len(allowed) > SPANS_IN_PLACE:

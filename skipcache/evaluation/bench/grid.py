@@ -13,10 +13,17 @@ SPEEDUPS = (1.5, 2.0, 3.0)
 
 
 def own_methods(quick: bool = False) -> list[Method]:
-    """Our settings: the default estimator, the training-free one and the paper's."""
+    """Our settings: the default estimator, the output alone, the training-free default and the
+    paper's.
+    """
+    output = {"front_layers": 0, "back_layers": 0}
     if quick:
-        return [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3)]
+        found = [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3)]
+        return [*found, skip_cache_method("interval 3", "output", interval=3, **output)]
     found = [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3, 4, 5, 6)]
+    found += [
+        skip_cache_method(f"interval {n}", "output", interval=n, **output) for n in (2, 3, 4, 5)
+    ]
     for estimator in ("taylor(2)", "hold"):
         found += [
             skip_cache_method(f"interval {n}", estimator, interval=n, estimator=estimator)
