@@ -428,7 +428,7 @@ def test_command_takes_only_the_methods_named(tmp_path, capsys):
     build("dit", scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pipe")
     command = ["bench", str(tmp_path / "pipe"), "--quick", "--no-rivals", "--steps", "4"]
     command += ["--samples", "1", "--out", str(tmp_path / "out"), "--only"]
-    assert main([*command, "Interval 3"]) == 0
+    assert main([*command, "skipcache / Skipcache / interval 3"]) == 0
     assert [c.setting for c in Results.load(tmp_path / "out").cells] == ["", "interval 3"]
     assert main([*command, "nothing like it"]) == 1
     assert "fewer steps / fewer steps / 2 steps" in capsys.readouterr().err

@@ -241,9 +241,9 @@ class _Bench:
         stop there is one of the uncached pipeline.
         """
         running = [m for m in methods if m != UNCACHED and self.cells[_key(m)].status == "ok"]
-        if len(self.cells[_key(UNCACHED)].seconds) and running:
-            self._seconds(UNCACHED)
         done = min((len(self.cells[_key(m)].seconds) for m in running), default=0)
+        if running and done < self.plan.repeats and self.cells[_key(UNCACHED)].seconds:
+            self._seconds(UNCACHED)
         for turn in range(done, self.plan.repeats):
             uncached = float("nan")
             for i, method in enumerate(running):
