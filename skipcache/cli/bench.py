@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from skipcache.cli.factory import imported
 from skipcache.errors import ConfigError
 
 
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments,
         steps=_or(arguments.steps, 20 if quick else None),
         reference=arguments.reference,
-        features=_function(arguments.features),
+        features=None if arguments.features is None else imported(arguments.features),
         clip_folder=arguments.clip,
     )
     if not arguments.no_rivals and (missing := missing_packages()):
@@ -148,16 +148,3 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _or(value: int | None, default: Any) -> Any:
     return default if value is None else value
-
-
-def _function(name: str | None) -> Any:
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--features {name!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")

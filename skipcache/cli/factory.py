@@ -14,8 +14,28 @@ if TYPE_CHECKING:
     from skipcache.testing import AdapterCase
 
 
+def imported(name: str) -> Any:
+    """What ``package.module:name`` names; modules are looked for in the working directory too.
+
+    Raises:
+        ConfigError: not of that form, or no such module or name.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ConfigError(f"{name!r} is not of the form MODULE:FACTORY, as in my_model:tiny.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # to stay: a factory may import when it is called, much later
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+    return found
+
+
 def case_of(name: str, adapter: str | None = None) -> AdapterCase:
-    """The case that a factory makes; modules are looked for in the working directory too.
+    """The case that a factory makes.
 
     Args:
         name: ``package.module:function``. The function takes nothing and returns an
@@ -30,17 +50,7 @@ def case_of(name: str, adapter: str | None = None) -> AdapterCase:
     from skipcache.testing import AdapterCase
     from skipcache.testing.guess import varied
 
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ConfigError(f"{name!r} is not of the form MODULE:FACTORY, as in my_model:tiny.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # to stay: a factory may import when it is called, much later
-    try:
-        found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+    found = imported(name)
     made = found() if callable(found) else found
     if isinstance(made, AdapterCase):
         case = made

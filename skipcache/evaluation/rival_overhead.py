@@ -6,7 +6,7 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,19 +70,15 @@ def _ours(interval: int) -> Method:
     return skip_cache_method(f"interval {interval}", **options)
 
 
-_PIPELINES: dict[int, Any] = {}
-
-
+@cache
 def _pipeline(layers: int) -> Any:
     """A DiT pipeline of that depth around a transformer of width 16 on 16 tokens."""
-    if layers not in _PIPELINES:
-        from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
-        pipeline = DiTPipeline(models.tiny_dit(layers), vae, DDIMScheduler())
-        pipeline.set_progress_bar_config(disable=True)
-        _PIPELINES[layers] = pipeline
-    return _PIPELINES[layers]
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
+    pipeline = DiTPipeline(models.tiny_dit(layers), vae, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _seconds(layers: int, method: Method, steps: int) -> float:

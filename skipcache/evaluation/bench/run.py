@@ -188,15 +188,12 @@ class _Bench:
         subject, plan = self.subject, self.plan
         features = subject.features.extract(pictures) if subject.features else None
         if method == UNCACHED:
-            self.uncached = {"pictures": pictures.half(), "latents": latents}
+            self.uncached = {"pictures": pictures, "latents": latents}
             if features is not None and subject.features is not None:
-                distances = quality.bootstrap_distances(features, subject.features)
                 value = quality.frechet_distance(features, subject.features)
-                self.uncached |= {
-                    "frechet": torch.tensor(value).double(),
-                    "bootstraps": distances,
-                }
-            self.uncached["pictures"] = pictures
+                self.uncached["frechet"] = torch.tensor(value).double()
+                distances = quality.bootstrap_distances(features, subject.features)
+                self.uncached["bootstraps"] = distances
             from safetensors.torch import save_file
 
             self.out.mkdir(parents=True, exist_ok=True)

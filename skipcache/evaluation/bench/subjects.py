@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -243,10 +242,8 @@ def reference_features(
     if len(paths) < 2:
         raise ConfigError(f"{folder} holds {len(paths)} pictures; a distance needs two or more.")
     parts = []
-    for start in itertools.count(step=batch_size):
+    for start in range(0, len(paths), batch_size):
         chunk = paths[start : start + batch_size]
-        if not chunk:
-            break
         arrays = [numpy.asarray(Image.open(path).convert("RGB")) for path in chunk]
         pictures = torch.from_numpy(numpy.stack(arrays)).permute(0, 3, 1, 2).float() / 255
         parts.append(extract(pictures).double().cpu())
