@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skipcache import Hold, IntervalSchedule, cache_stats, skip_cache
-from skipcache.evaluation import benchmark, models, presets, quality
+from skipcache.evaluation import benchmark, models, presets, quality, rival_overhead
 from skipcache.evaluation.__main__ import main
 from skipcache.evaluation.metrics import psnr
 from skipcache.evaluation.timing import format_table, in_turns, speedups
@@ -183,3 +183,22 @@ def test_relayouts_benchmark_measures_both_ways(monkeypatch):
     assert step > 0
     share = float(lines[3].partition("(")[2].partition(" %")[0])
     assert share == pytest.approx(100 * cost / step, abs=100 * 0.2 / step)
+
+
+def test_rival_overhead_has_a_number_for_each_that_runs():
+    """Every cache is timed never and always reusing, beside uncached models of fewer layers."""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in rival_overhead.rival_overhead(repeats=1, steps=6).splitlines()[2:]
+    ]
+    assert [row[0] for row in rows[:4]] == [
+        "uncached, 12 layers",
+        "uncached, 2 layers",
+        "uncached, 1 layers",
+        "skipcache",
+    ]
+    assert len(rows) == 8
+    never, always, cost = (int(number) for number in rows[3][1:])
+    assert never > 0
+    assert always > 0
+    assert cost == pytest.approx(never - int(rows[0][1]), abs=1)
