@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from skipcache.branches.fitted import FittedBranches
     from skipcache.branches.module import SkipBranch, SkipBranches
     from skipcache.branches.official import convert_skip_dit, load_skip_dit
+    from skipcache.recipes.calibrate import calibrate
+    from skipcache.recipes.recipe import Recipe
 
 _MODULES = {  # imported when they are first asked for: they need torch
     "FittedBranches": "skipcache.branches.fitted",
+    "Recipe": "skipcache.recipes.recipe",
     "SkipBranch": "skipcache.branches.module",
     "SkipBranches": "skipcache.branches.module",
+    "calibrate": "skipcache.recipes.calibrate",
     "convert_skip_dit": "skipcache.branches.official",
     "fit_skip_branches": "skipcache.branches.fit",
     "load_skip_dit": "skipcache.branches.official",
@@ -56,6 +60,7 @@ __all__ = [
     "MaskSchedule",
     "ProbeSchedule",
     "Progress",
+    "Recipe",
     "Refresh",
     "Residual",
     "Schedule",
@@ -71,6 +76,7 @@ __all__ = [
     "add_skip_branches",
     "apply_skip_cache",
     "cache_stats",
+    "calibrate",
     "convert_skip_dit",
     "fit_skip_branches",
     "freeze_backbone",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from skipcache.branches.fitted import FittedBranches
     from skipcache.estimators import Estimator
+    from skipcache.recipes.recipe import Recipe
     from skipcache.runtime.conductor import Conductor
     from skipcache.runtime.controller import Controller
     from skipcache.runtime.stats import CacheStats
@@ -47,6 +48,8 @@ def apply_skip_cache(
     estimator: str | Estimator | None = None,
     preset: str | None = None,
     branches: FittedBranches | str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    speedup: float | None = None,
     adapter: str | Backbone | object | None = None,
     config: SkipCacheConfig | None = None,
     **unknown: object,
@@ -73,6 +76,12 @@ def apply_skip_cache(
             or a hub id. Front and back layers are then those that it was fitted for. Default: the
             fit whose files lie in the folder that the transformer was loaded from, if it was made
             for these weights and layers, and the model has no skip branches of its own.
+        recipe: what ``calibrate`` returned, its folder or a hub id: it says where, when and what.
+            Default, where ``speedup`` is given: the recipe whose files lie in the folder that the
+            transformer was loaded from, if it was made for these weights.
+        speedup: how much faster the denoising is to be, wall-clock; default with a recipe: 2.
+            Where there is no recipe, up to 4: the transformer's output is extrapolated between
+            refreshes, of which early steps get more; ``cache_stats`` says what was done.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
             claims the model. ``"auto"``: where none does, the first forward is traced, a
             ``Backbone`` guessed and checked on the spot, and used if every check passes; if not,
@@ -84,7 +93,9 @@ def apply_skip_cache(
 
     Raises:
         ConfigError: a value that cannot be, a preset that does not exist, a deep span without
-            layers, or branches together with an estimator or for another deep span.
+            layers, branches together with an estimator or for another deep span, a recipe or a
+            speedup together with another option, or a speedup out of reach.
+        RecipeError: a recipe that cannot be read, or is for another class of model.
         BranchFileError: branches that cannot be read, or are for another class of model.
         UnknownOptionError: an option that does not exist.
         TargetError: the target has no transformer.
@@ -92,6 +103,14 @@ def apply_skip_cache(
             about it.
     """
     _refuse_unknown(unknown)
+    if recipe is not None or speedup is not None:
+        given = (interval, window, front_layers, back_layers, schedule, estimator, preset, branches)
+        if any(value is not None for value in (*given, config)):
+            raise ConfigError(
+                "a recipe or a speedup says where, when and what to reuse. Pass no other option "
+                "than adapter beside it."
+            )
+        config = _from_recipe(target, recipe, speedup)
     if branches is not None:
         estimator, front_layers, back_layers = _fitted(
             branches, estimator, front_layers, back_layers
@@ -270,11 +289,29 @@ def _fitted(
     )
 
 
+def _from_recipe(
+    target: object, recipe: Recipe | str | Path | None, speedup: float | None
+) -> SkipCacheConfig:
+    from skipcache.recipes.generic import generic_config
+    from skipcache.recipes.recipe import DEFAULT_SPEEDUP, recipe_beside, recipe_from
+
+    wanted = DEFAULT_SPEEDUP if speedup is None else speedup
+    transformer = next(iter(transformers_of(target).values()))
+    if recipe is None:
+        found = recipe_beside(transformer)
+        if found is None:
+            return generic_config(wanted)
+    else:
+        found = recipe_from(recipe)
+        found.check_for(transformer, getattr(target, "scheduler", None))
+    return found.at(wanted)
+
+
 def _refuse_unknown(unknown: dict[str, object]) -> None:
+    options = [*_OPTIONS, "branches", "recipe", "speedup", "adapter", "config"]
     for name in unknown:
         raise UnknownOptionError(
-            f"apply_skip_cache has no option {name!r}. "
-            f"{did_you_mean(name, [*_OPTIONS, 'branches', 'adapter', 'config'])}"
+            f"apply_skip_cache has no option {name!r}. {did_you_mean(name, options)}"
         )
 
 

@@ -42,6 +42,14 @@ class BranchFileError(BranchError):
     """A file of weights is broken, unsafe, of an unknown kind or for another model."""
 
 
+class RecipeError(SkipCacheError, ValueError):
+    """A recipe is for another model, or for outputs of another type."""
+
+
+class RecipeFileError(RecipeError):
+    """A file of a recipe or of a calibration is broken, of another version or not there."""
+
+
 class SkipCacheWarning(UserWarning):
     """Base of every warning given by skipcache."""
 
@@ -56,6 +64,10 @@ class NotCachingWarning(SkipCacheWarning):
 
 class BranchWarning(SkipCacheWarning):
     """Skip branches were loaded, and something about their files is worth knowing."""
+
+
+class RecipeWarning(SkipCacheWarning):
+    """A recipe was made for other weights or another scheduler."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

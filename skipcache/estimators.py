@@ -147,18 +147,13 @@ class Taylor:
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
         weights = extrapolation_weights([refresh.step for refresh in refreshes], step)
-        return (
-            tuple(
-                _weighted_sum(weights, column)
-                for column in zip(*(r.deep for r in refreshes), strict=True)
-            ),
-        )
+        return (weighted_sums(weights, [refresh.deep for refresh in refreshes]),)
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         return prepared[0]
 
 
-def extrapolation_weights(steps: Sequence[int], step: int) -> list[float]:
+def extrapolation_weights(steps: Sequence[float], step: float) -> list[float]:
     """Lagrange weights: the value at ``step`` of the polynomial through the points at ``steps``,
     one weight a point.
 
@@ -175,10 +170,16 @@ def extrapolation_weights(steps: Sequence[int], step: int) -> list[float]:
     return weights
 
 
+def weighted_sums(weights: Sequence[float], terms: Sequence[Tensors]) -> Tensors:
+    """The sum of the terms, each times its weight, tensor by tensor; where one is None, so is the
+    sum. Sums in at least fp32 (weights exceed 1 and cancel); returns the dtypes of the terms.
+    """
+    return tuple(_weighted_sum(weights, column) for column in zip(*terms, strict=True))
+
+
 def _weighted_sum(
     weights: Sequence[float], column: Sequence[torch.Tensor | None]
 ) -> torch.Tensor | None:
-    """Sums in at least fp32 (weights exceed 1 and cancel); returns the dtype of the terms."""
     import torch
 
     total: torch.Tensor | None = None

@@ -29,6 +29,7 @@ LAYERS = [
         "schedules",
         "estimators",
         "branches",
+        "recipes",
         "targets",
         "latte_class",
     },
@@ -40,8 +41,11 @@ LAYERS = [
         "recorder",
         "walks",
         "official",
-    },  # of branches: they need the functions of api
-    {"recipes", "training", "evaluation", "testing", "demo"},
+        "calibrate",
+        "listening",
+        "explain",
+    },  # of branches and recipes: they need the functions of api
+    {"training", "evaluation", "testing", "demo"},
     {"cli", "__main__"},
 ]
 # The front door opens onto the guess, which stands on the checks, and these on the front door.
@@ -69,11 +73,12 @@ def imports_of(path: Path) -> list[tuple[str, str]]:
 
 
 def part_of(module: str) -> str:
-    """The first name below skipcache: ``skipcache.runtime.clock`` is part of ``runtime``. Of the
-    branches, those that stand above api are parts of their own.
+    """The first name below skipcache: ``skipcache.runtime.clock`` is part of ``runtime``. Of
+    branches and recipes, those that stand above api are parts of their own.
     """
     names = [*module.split("."), "", ""]
-    return names[2] if names[1] == "branches" and names[2] in LAYERS[3] else names[1]
+    is_higher = names[1] in {"branches", "recipes"} and names[2] in LAYERS[3]
+    return names[2] if is_higher else names[1]
 
 
 def own_part(path: Path) -> str:

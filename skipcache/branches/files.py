@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,11 @@ def write_folder(folder: Path, record: BranchRecord, tensors: Mapping[str, torch
 
 
 def find_folder(
-    source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    names: Sequence[str] = (RECORD_FILE, WEIGHTS_FILE),
 ) -> Path:
     """The local folder of the files: the one named, or the hub cache's after a download.
 
@@ -221,7 +225,7 @@ def find_folder(
     try:
         paths = [
             hf_hub_download(source, name, revision=revision, local_files_only=local_files_only)
-            for name in (RECORD_FILE, WEIGHTS_FILE)
+            for name in names
         ]
     except Exception as error:  # those of the transport differ between releases
         raise BranchFileError(
@@ -272,7 +276,7 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
     return BranchRecord(
         text["kind"],
         text["settings"],
-        _base_model(path, text.get("base_model")),
+        read_base_model(path, text.get("base_model")),
         made_by,
         quality,
     )
@@ -287,7 +291,12 @@ def holds_branches(folder: Path) -> bool:
     return (folder / RECORD_FILE).is_file() and read_record(folder).kind == "branches"
 
 
-def _base_model(path: Path, text: Any) -> BaseModel | None:
+def read_base_model(path: Path, text: Any) -> BaseModel | None:
+    """What a JSON file at ``path`` says of the model that it was made for.
+
+    Raises:
+        BranchFileError: it is malformed.
+    """
     if text is None:
         return None
     try:
@@ -339,15 +348,15 @@ def read_tensors(path: Path, expected: Mapping[str, Iterable[int]]) -> dict[str,
             names = set(stored.keys())
             if names != expected.keys():
                 raise BranchFileError(
-                    f"{path} does not fit its {RECORD_FILE}: missing "
+                    f"{path} does not hold what is described beside it: missing "
                     f"{sorted(expected.keys() - names)}, extra {sorted(names - expected.keys())}."
                 )
             for name, shape in expected.items():
                 found = tuple(stored.get_slice(name).get_shape())
                 if found != tuple(shape):
                     raise BranchFileError(
-                        f"{path}: {name!r} has shape {found}, and {RECORD_FILE} asks for "
-                        f"{tuple(shape)}."
+                        f"{path}: {name!r} has shape {found}, and {tuple(shape)} is described "
+                        "beside it."
                     )
             for name in expected:
                 tensors[name] = stored.get_tensor(name)
@@ -366,7 +375,12 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
 
 
-def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) -> str:
+def push_folder(
+    save: Callable[[str], Any],
+    repo_id: str,
+    private: bool | None,
+    message: str = "Upload skip branches",
+) -> str:
     """Uploads what ``save`` writes into a folder; the address of the commit.
 
     Raises:
@@ -379,9 +393,7 @@ def push_folder(save: Callable[[str], Any], repo_id: str, private: bool | None) 
         hub = HfApi()
         try:
             name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = hub.upload_folder(
-                repo_id=name, folder_path=folder, commit_message="Upload skip branches"
-            )
+            done = hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
         except Exception as error:  # those of the transport differ between releases
             raise BranchFileError(f"{repo_id!r} could not be uploaded: {error}") from error
     return str(done.commit_url)

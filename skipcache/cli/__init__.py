@@ -10,10 +10,12 @@ from skipcache import __version__
 from skipcache.cli import (
     adapters,
     bench,
+    calibrate,
     check,
     compare,
     convert,
     demo,
+    explain,
     report,
     smoothness,
     suggest,
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (
         demo,
         compare,
+        calibrate,
+        explain,
         bench,
         report,
         adapters,

@@ -12,6 +12,7 @@ from skipcache.evaluation import (
     fits,
     presets,
     quality,
+    recipes,
     rival_overhead,
 )
 
@@ -26,6 +27,9 @@ BENCHMARKS: dict[str, Callable[[], str]] = {
     "syncs": benchmark.syncs,
     "estimators": quality.estimators,
     "fit": fits.fits,
+    "recipe-ablation": recipes.recipe_ablation,
+    "recipe-steps": recipes.recipe_steps,
+    "recipe-prediction": recipes.recipe_prediction,
     "convert-memory": convert_memory.convert_memory,
 }
 

@@ -13,14 +13,17 @@ SPEEDUPS = (1.5, 2.0, 3.0)
 
 
 def own_methods(quick: bool = False) -> list[Method]:
-    """Our settings: the default estimator, the output alone, the training-free default and the
-    paper's.
+    """Our settings: recipes by the speedup asked for, the default estimator, the output alone, the
+    training-free default and the paper's.
     """
+    recipes = [skip_cache_method(f"{x:g}x asked for", "speedup", speedup=x) for x in SPEEDUPS]
     output = {"front_layers": 0, "back_layers": 0}
     if quick:
         found = [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3)]
-        return [*found, skip_cache_method("interval 3", "output", interval=3, **output)]
-    found = [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3, 4, 5, 6)]
+        found.append(skip_cache_method("interval 3", "output", interval=3, **output))
+        return [recipes[1], *found]
+    found = [*recipes]
+    found += [skip_cache_method(f"interval {n}", interval=n) for n in (2, 3, 4, 5, 6)]
     found += [
         skip_cache_method(f"interval {n}", "output", interval=n, **output) for n in (2, 3, 4, 5)
     ]

@@ -1,0 +1,82 @@
+"""``skipcache calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from skipcache.cli.bench import add_subject_arguments, subject_of
+from skipcache.errors import ConfigError
+
+
+def add_to(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="find a recipe for a pipeline: name the speedup, get the best it can give",
+        description="Samples a pipeline a few times, finds from its outputs when to refresh and "
+        "what to take for the outputs in between, and writes recipe.json and recipe.safetensors. "
+        "A run that was stopped goes on where it was.",
+    )
+    add_subject_arguments(parser)
+    parser.add_argument(
+        "--speedup",
+        type=float,
+        nargs="+",
+        default=[1.5, 2.0, 3.0],
+        help="wall-clock factors to measure quality at; default: 1.5 2 3",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, help="to measure on; default: %(default)s"
+    )
+    parser.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        help="for each speedup, how many changed schedules are tried by sampling; default: "
+        "%(default)s",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the recipe; default: recipe-SUBJECT")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Calibrates, and prints what the recipe will do."""
+    from tqdm import tqdm
+
+    from skipcache.recipes.calibrate import calibrate
+    from skipcache.recipes.explain import explained
+
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples is {arguments.samples}. At least two are needed.")
+    subject = subject_of(arguments, steps=arguments.steps)
+    out = arguments.out or Path(f"recipe-{Path(subject.name).name}")
+    batches = subject.batches(arguments.samples)
+    if len(batches) < 2:
+        raise ConfigError(
+            f"--samples {arguments.samples} is one call of {subject.batch_size}, and two are "
+            "needed. Ask for more, or lower --batch-size."
+        )
+    calls = []
+    for batch in batches:
+        call = subject.call_of(batch, arguments.seed)
+        calls.append({name: value for name, value in call.items() if name != "generator"})
+    with tqdm(unit="run") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        recipe = calibrate(
+            subject.pipeline,
+            calls,
+            speedups=arguments.speedup,
+            refine=arguments.refine,
+            checkpoint=out / "calibration.safetensors",
+            seed=arguments.seed * 1_000_003,
+            progress=progress,
+        )
+    recipe.save_pretrained(out)
+    print(f"\n{explained(recipe)}\n\nUse it: apply_skip_cache(pipe, recipe={str(out)!r})")
+    return 0

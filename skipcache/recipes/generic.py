@@ -1,0 +1,63 @@
+"""A speedup for models without a recipe: what served all models that we have measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skipcache.config import SkipCacheConfig
+from skipcache.errors import ConfigError
+from skipcache.schedules import Progress
+
+HIGHEST_SPEEDUP = 4.0
+BEND = 1.3  # docs/explanation/recipes.md
+
+
+@dataclass(frozen=True)
+class BentSchedule:
+    """Refreshes one step in ``speedup``, more often early than late: at the steps n (j / m) ^ bend.
+
+    Attributes:
+        speedup: steps over refreshes, from 1.
+        bend: 1 spaces evenly; above it, early steps are denser.
+    """
+
+    speedup: float
+    bend: float = BEND
+
+    needs_probe = False
+    needs_times = False
+
+    def is_refresh(self, progress: Progress) -> bool:
+        """For runs of unknown length: every so many steps."""
+        return progress.since_refresh is None or progress.since_refresh >= math.ceil(self.speedup)
+
+    def plan(self, times: Sequence[float]) -> tuple[bool, ...]:
+        n = len(times)
+        count = max(1, math.floor(n / self.speedup + 1e-9))
+        steps: set[int] = set()
+        for j in range(count):
+            step = max(round(n * (j / count) ** self.bend), len(steps))
+            steps.add(min(step, n - count + j))
+        return tuple(step in steps for step in range(n))
+
+
+def generic_config(speedup: float) -> SkipCacheConfig:
+    """The configuration: the output of the transformer, extrapolated in a line.
+
+    Raises:
+        ConfigError: a speedup below 1 or above 4.
+    """
+    is_number = isinstance(speedup, (int, float)) and not isinstance(speedup, bool)
+    if not is_number or not 1 <= speedup <= HIGHEST_SPEEDUP:
+        raise ConfigError(
+            f"speedup is {speedup!r}. Without a recipe it is a factor from 1 to "
+            f"{HIGHEST_SPEEDUP:g}; calibrate one: skipcache calibrate."
+        )
+    return SkipCacheConfig(
+        front_layers=0,
+        back_layers=0,
+        schedule=BentSchedule(float(speedup)),
+        estimator="taylor",
+    )
