@@ -80,8 +80,8 @@ def apply_skip_cache(
             Default, where ``speedup`` is given: the recipe whose files lie in the folder that the
             transformer was loaded from, if it was made for these weights.
         speedup: how much faster the denoising is to be, wall-clock; default with a recipe: 2.
-            Where there is no recipe, up to 4: the transformer's output is extrapolated between
-            refreshes, of which early steps get more; ``cache_stats`` says what was done.
+            Where there is no recipe, up to 4, as steps over refreshes: the transformer's output is
+            extrapolated between them, and early steps get more; ``cache_stats`` says what was done.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
             claims the model. ``"auto"``: where none does, the first forward is traced, a
             ``Backbone`` guessed and checked on the spot, and used if every check passes; if not,
@@ -297,13 +297,10 @@ def _from_recipe(
 
     wanted = DEFAULT_SPEEDUP if speedup is None else speedup
     transformer = next(iter(transformers_of(target).values()))
-    if recipe is None:
-        found = recipe_beside(transformer)
-        if found is None:
-            return generic_config(wanted)
-    else:
-        found = recipe_from(recipe)
-        found.check_for(transformer, getattr(target, "scheduler", None))
+    found = recipe_beside(transformer) if recipe is None else recipe_from(recipe)
+    if found is None:
+        return generic_config(wanted)
+    found.check_for(transformer, getattr(target, "scheduler", None))
     return found.at(wanted)
 
 

@@ -46,14 +46,14 @@ def add_to(commands: Any) -> None:
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is sampled, the same for ``bench`` and ``compare``."""
+    """What is sampled, the same for every command that samples a pipeline."""
     parser.add_argument(
         "subject",
         metavar="PIPELINE",
         help="a pipeline's folder or hub id, or a demo: demo, class-to-image, class-to-video, "
         "text-to-image, text-to-video",
     )
-    parser.add_argument("--steps", type=int, help="denoising steps; default 50, quick 20")
+    parser.add_argument("--steps", type=int, help="denoising steps; default 50 (bench --quick: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
     parser.add_argument("--batch-size", type=int, help="samples a call")

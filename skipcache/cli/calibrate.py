@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from skipcache.cli.bench import add_subject_arguments, subject_of
 from skipcache.errors import ConfigError
+
+CALLS = 8  # at least, where the samples allow it
 
 
 def add_to(commands: Any) -> None:
@@ -51,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}. At least two are needed.")
     subject = subject_of(arguments, steps=arguments.steps)
+    if arguments.batch_size is None:  # a tenth of the calls is held out, so several are wanted
+        batch_size = max(1, min(subject.batch_size, arguments.samples // CALLS))
+        subject = replace(subject, batch_size=batch_size)
     out = arguments.out or Path(f"recipe-{Path(subject.name).name}")
     batches = subject.batches(arguments.samples)
     if len(batches) < 2:

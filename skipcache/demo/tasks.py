@@ -15,6 +15,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "interval 4": {"interval": 4},
     "interval 2, hold": {"estimator": "hold"},
     "interval 3, hold": {"interval": 3, "estimator": "hold"},
+    "recipe, 2x": {"speedup": 2.0},
+    "recipe, 3x": {"speedup": 3.0},
 }
 PICTURED = (UNCACHED, "interval 2 (default)", "interval 3, hold")
 

@@ -17,7 +17,7 @@ from skipcache.branches.files import base_model_of
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import ConfigError
 from skipcache.recipes.checkpoint import Checkpoint, described
-from skipcache.recipes.listening import Listened, effects_of, listening
+from skipcache.recipes.listening import Listened, effects_of, listening, unrepeated
 from skipcache.recipes.plan import speedup_of, steps_of
 from skipcache.recipes.recipe import (
     Measured,
@@ -91,8 +91,8 @@ def calibrate(
         probed = fitted[: math.ceil(probes / int(sampler.moments(0)["weight"][0]))]
         sampler.report(
             progress,
-            len(asked)
-            + (1 + PROBES) * len(probed)
+            len(asked)  # those held out are sampled once too
+            + (1 + len(probe_steps(len(sampler.times)))) * len(probed)
             + 2 * (1 + TIMING_REPEATS)
             + len(speedups) * ((1 + refine) * len(probed) * bool(refine) + len(held_out)),
         )
@@ -251,7 +251,7 @@ def _with_gains(
 ) -> OutputStatistics:
     """Makes the error of one reuse at a few steps, and sees how large it is in the end."""
     n = found.steps
-    at = sorted({min(n - 1, max(1, round((n - 1) * (i / PROBES) ** 1.5))) for i in range(PROBES)})
+    at = probe_steps(n)
     squares = np.zeros((2, len(at)))
     for index in calls:
         for place, step in enumerate(at):
@@ -266,6 +266,12 @@ def _with_gains(
     return OutputStatistics(found.times, found.covariance, found.effects, spread, found.power)
 
 
+def probe_steps(steps: int) -> list[int]:
+    """The steps at which an error is made, denser early."""
+    last = steps - 1
+    return sorted({min(last, max(1, round(last * (i / PROBES) ** 1.5))) for i in range(PROBES)})
+
+
 def _followed(sampler: Sampler, index: int, step: int, found: OutputStatistics) -> dict[str, Array]:
     """Squares of the error as the sampler alone would carry it, and as it came out."""
     outputs: list[torch.Tensor] = []
@@ -277,7 +283,7 @@ def _followed(sampler: Sampler, index: int, step: int, found: OutputStatistics) 
         if now != step:
             return output
         guess = 2 * outputs[-1] - outputs[0]
-        made.append((guess - output).detach().float())
+        made.append(unrepeated((guess - output).detach().float()))
         return guess
 
     reference = sampler.uncached_sample(index)

@@ -52,7 +52,7 @@ _OPTIONAL = ("skipcache_version", "guidance_scale", "sample_shape", "made_by")
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
     """See ``Recipe.save_pretrained``."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     found = recipe.statistics
     text = {
@@ -74,7 +74,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".recipe-", dir=folder) as parts:
-            save_file(tensors, Path(parts, STATISTICS_FILE))
+            Path(parts, STATISTICS_FILE).write_bytes(save(tensors))
             described = json.dumps(text, indent=2, allow_nan=False) + "\n"
             Path(parts, RECIPE_FILE).write_text(described, encoding="utf-8")
             for name in (STATISTICS_FILE, RECIPE_FILE):
