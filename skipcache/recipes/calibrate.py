@@ -172,12 +172,20 @@ class Sampler:
 
         def measure() -> dict[str, Array]:
             picked: list[torch.Tensor] = []
+            sizes: list[torch.Size] = []
 
             def keep(output: torch.Tensor) -> torch.Tensor:
                 if not picked:
                     draw = torch.Generator().manual_seed(index)
                     chosen = torch.randperm(output.numel(), generator=draw)[:ELEMENTS]
                     picked.append(chosen.sort().values.to(output.device))
+                    sizes.append(output.shape)
+                if output.shape != sizes[0]:
+                    raise ConfigError(
+                        f"the scheduler is given outputs of shapes {tuple(sizes[0])} and "
+                        f"{tuple(output.shape)} in one run, so they cannot be told from one "
+                        "another. There are no recipes for such pipelines."
+                    )
                 return output.detach().flatten()[picked[0]].float().cpu()
 
             heard = self.run(index, keep=keep)

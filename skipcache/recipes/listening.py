@@ -153,9 +153,12 @@ def effects_of(heard: Listened) -> Array:
     try:
         with torch.no_grad(), torch.random.fork_rng():
             more, less = (_replayed(heard, shape, device, unit) for unit in (1.0, -1.0))
+        effects = (more - less).double().flatten().cpu().numpy() / 2
     except Exception:  # schedulers check and reshape in many ways
+        effects = np.full(0, np.nan)
+    if effects.shape != (len(heard.calls),) or not np.isfinite(effects).all():
         return -np.diff(np.array([*heard.times, 0.0]))
-    return np.asarray((more - less).double().flatten().cpu().numpy() / 2, dtype=np.float64)
+    return np.asarray(effects, dtype=np.float64)
 
 
 def _replayed(

@@ -124,12 +124,12 @@ class RecipeEstimator:
     def _planned_weights(
         self, refreshes: Sequence[Refresh], step: int, time: float
     ) -> Sequence[float] | None:
-        known = {refresh.step: refresh.time for refresh in refreshes} | {step: time}
-        for run in tuple(self.schedule._runs.values()):  # another thread may plan one
+        seen = tuple(refresh.step for refresh in refreshes)
+        for run in tuple(self.schedule._runs.values()):
             found = run.weights.get(step)
-            if found is None or found.refresh_steps != tuple(r.step for r in refreshes):
-                continue
-            if all(abs(run.times[i] - at) <= SAME_TIME for i, at in known.items()):
+            # By this step's time alone: a run that begins late (image to image) learns so from its
+            # second step on, and what its first one kept still has the time of a whole run's.
+            if found and found.refresh_steps == seen and abs(run.times[step] - time) <= SAME_TIME:
                 return found.weights
         return None
 
