@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +61,15 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from pipelines import ALWAYS_OPEN, block_lists, surroundings
-from skipcache import apply_skip_cache, cache_stats, remove_skip_cache
+from skipcache import (
+    apply_skip_cache,
+    cache_stats,
+    calibrate,
+    is_skip_cached,
+    remove_skip_cache,
+)
+from skipcache.errors import ConfigError
+from skipcache.recipes.recipe import planned
 from tiny import TINY, enliven, randn
 
 pytestmark = [
@@ -810,3 +819,36 @@ def test_chunk_by_chunk():
     assert torch.equal(sample(pipe, "anyflow", **changes), first)
     remove_skip_cache(pipe)
     assert torch.equal(sample(pipe, "anyflow", **changes), expected)
+
+
+# Recipes.
+
+RECIPES = ["wan", "wan-v2v", "cogvideox-dpm", "ltx2"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name, monkeypatch):
+    """A recipe found on a pipeline refreshes and weighs as it planned there, also where the run
+    begins late, where the passes are calls of their own and where the sampler takes arguments of
+    its own.
+    """
+    pipe = build(name)
+    call = {**CASES[name].inputs(), "num_inference_steps": STEPS, "output_type": "latent"}
+    recipe = calibrate(pipe, [call] * 2, speedups=(1.0,), probes=1)
+    recipe = dataclasses.replace(recipe, reuse_cost=0.0)  # a model this small takes no time to tell
+    monkeypatch.delattr("skipcache.recipes.plan.extrapolation_weights")  # the line would need it
+    apply_skip_cache(pipe, recipe=recipe, speedup=1.4)
+    sample(pipe, name)
+    plan = "".join("F" if refreshes else "r" for refreshes in planned(recipe, 1.4).plan)
+    plans = {stream.plan for stream in cache_stats(pipe).streams.values()}
+    assert "r" in plan
+    assert plans == {plan}
+
+
+def test_a_pipeline_of_two_kinds_of_outputs_has_no_recipe():
+    """Cosmos gives its scheduler two outputs a step, so calibration says that it cannot be."""
+    pipe = build("cosmos")
+    call = {**CASES["cosmos"].inputs(), "num_inference_steps": STEPS, "output_type": "latent"}
+    with pytest.raises(ConfigError, match=r"Calibrate with another|no recipes"):
+        calibrate(pipe, [call] * 2, speedups=(1.0,), probes=1)
+    assert not is_skip_cached(pipe)
