@@ -82,7 +82,9 @@ def calibrate(
     _check(pipe, asked, speedups, probes, refine)
     transformer = next(iter(transformers_of(pipe).values()))
     base = base_model_of(transformer)
-    sampler = Sampler(pipe, asked, seed, Checkpoint(checkpoint, described(base, asked, seed)))
+    sampler = Sampler(
+        pipe, asked, seed, Checkpoint(checkpoint, described((base, _of(pipe)), asked, seed))
+    )
     held_out = range(len(asked) - max(1, len(asked) // 10), len(asked))
     fitted = range(held_out.start)
     with skip_cache(pipe, interval=1):  # bit-identical to none; refuses what cannot be cached
@@ -126,9 +128,8 @@ class Sampler:
     ) -> None:
         self.pipe, self.calls, self.seed, self.checkpoint = pipe, calls, seed, checkpoint
         self.states = {
-            index: call["generator"].get_state()
+            index: [(generator, generator.get_state()) for generator in _generators(call)]
             for index, call in enumerate(calls)
-            if isinstance(call.get("generator"), torch.Generator)
         }
         self.times: tuple[float, ...] = ()
         self.effects: Array | None = None
@@ -148,11 +149,16 @@ class Sampler:
     def run(self, index: int, **listening_to: Any) -> Listened:
         """Samples a call."""
         call = dict(self.calls[index])
-        if index in self.states:
-            call["generator"].set_state(self.states[index])
-        elif "generator" not in call:
+        for generator, state in self.states.get(index, ()):
+            generator.set_state(state)
+        if call.get("generator") is None:
             call["generator"] = torch.Generator().manual_seed(self.seed + index)
-        with listening(self.pipe, **listening_to) as heard, torch.no_grad():
+        with (
+            listening(self.pipe, **listening_to) as heard,
+            torch.no_grad(),
+            torch.random.fork_rng(),
+        ):
+            torch.manual_seed(self.seed + index)  # what draws from no generator of the call
             self.pipe(**call)
         if heard.sample is None:
             raise ConfigError("the pipeline sampled without its scheduler, so nothing was learnt.")
@@ -224,6 +230,19 @@ class Sampler:
             heard = self.run(index)
         assert heard.sample is not None
         return relative_errors(heard.sample.float().cpu(), reference)
+
+
+def _of(pipe: Any) -> str:
+    """The pipeline's scheduler in words."""
+    scheduler = getattr(pipe, "scheduler", None)
+    settings = dict(getattr(scheduler, "config", None) or {})
+    return f"{type(scheduler).__name__} {sorted(settings.items(), key=repr)}"
+
+
+def _generators(call: Mapping[str, Any]) -> list[torch.Generator]:
+    given = call.get("generator")
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return [generator for generator in several if isinstance(generator, torch.Generator)]
 
 
 Moments = Mapping[str, Array]

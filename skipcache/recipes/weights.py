@@ -113,7 +113,7 @@ def segment_costs(statistics: OutputStatistics, reach: int) -> Array:
             owed[rows, seen[:, place]] += effect * weights[:, place]
         owed[rows, now] -= effect
         ends = np.minimum(now + 1, n - 1)
-        error = np.einsum("kn,nm,km->k", owed, covariance, owed) * statistics.gains[ends] ** 2
+        error = ((owed @ covariance) * owed).sum(1) * statistics.gains[ends] ** 2
         error = np.maximum(error, 0.0)  # rounding goes below, where outputs are known in full
         costs[steps[is_inside], gaps[is_inside], length] = error[is_inside] / statistics.power
     return costs
