@@ -14,7 +14,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def base_model_of(transformer: nn.Module) -> BaseModel:
     """
     [own] = transformers_of(transformer).values()
     return BaseModel(type(own).__name__, fingerprint_of(own))
+
+
+def is_made_for(expected: BaseModel | None, transformer: nn.Module) -> bool:
+    """Whether that is the transformer's class and these are its very weights."""
+    if expected is None:
+        return False
+    found = base_model_of(transformer)
+    return expected.name == found.name and not expected.fingerprint.difference(found.fingerprint)
+
+
+def folder_of(transformer: nn.Module) -> Path | None:
+    """The folder that the transformer was loaded from, as far as it says."""
+    config = getattr(transformer, "config", None)
+    source = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    return Path(source) if source else None
 
 
 def check_base_model(record: BranchRecord, transformer: nn.Module) -> None:
@@ -189,16 +205,25 @@ def write_folder(folder: Path, record: BranchRecord, tensors: Mapping[str, torch
             "nothing was written."
         ) from error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".skip_branches-", dir=folder) as parts:
-            save_file(weights, Path(parts, WEIGHTS_FILE), metadata={"format": "pt"})
-            Path(parts, CARD_FILE).write_text(_card(record), encoding="utf-8")
-            Path(parts, RECORD_FILE).write_text(described, encoding="utf-8")
-            for name in (WEIGHTS_FILE, CARD_FILE, RECORD_FILE):
-                os.replace(Path(parts, name), folder / name)
+        with replaced_files(folder, (WEIGHTS_FILE, CARD_FILE, RECORD_FILE)) as parts:
+            save_file(weights, parts / WEIGHTS_FILE, metadata={"format": "pt"})
+            (parts / CARD_FILE).write_text(_card(record), encoding="utf-8")
+            (parts / RECORD_FILE).write_text(described, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise BranchFileError(f"{folder} cannot be written: {error}") from error
     return folder
+
+
+@contextmanager
+def replaced_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write these files into; they then take the place of those in ``folder``, which is
+    created if need be. After an error nothing has changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".skipcache-", dir=folder) as parts:
+        yield Path(parts)
+        for name in names:
+            os.replace(Path(parts, name), folder / name)
 
 
 def find_folder(
@@ -241,18 +266,8 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
         BranchFileError: it is missing, no such JSON, of a newer version or of another kind.
     """
     path = folder / RECORD_FILE
-    try:
-        text = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BranchFileError(f"{path} cannot be read: {error}") from error
-    if not isinstance(text, dict):
-        raise BranchFileError(f"{path} holds {type(text).__name__}, not an object.")
+    text = read_json(path, FORMAT_VERSION)
     version = text.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise BranchFileError(
-            f"{path} has format version {version}, and this skipcache reads up to "
-            f"{FORMAT_VERSION}. Upgrade skipcache."
-        )
     check_keys(path, text, required=_REQUIRED, optional=_OPTIONAL)
     if type(version) is not int or version != FORMAT_VERSION or type(text["settings"]) is not dict:
         raise BranchFileError(
@@ -280,6 +295,28 @@ def read_record(folder: Path, kind: str | None = None) -> BranchRecord:
         made_by,
         quality,
     )
+
+
+def read_json(path: Path, newest: int) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        BranchFileError: it cannot be read, is no object, or is of a format version above
+            ``newest``.
+    """
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BranchFileError(f"{path} cannot be read: {error}") from error
+    if not isinstance(text, dict):
+        raise BranchFileError(f"{path} holds {type(text).__name__}, not an object.")
+    version = text.get("format_version")
+    if isinstance(version, int) and version > newest:
+        raise BranchFileError(
+            f"{path} has format version {version}, and this skipcache reads up to {newest}. "
+            "Upgrade skipcache."
+        )
+    return text
 
 
 def holds_branches(folder: Path) -> bool:

@@ -19,6 +19,8 @@ from skipcache.branches.files import (
     check_base_model,
     check_keys,
     find_folder,
+    folder_of,
+    is_made_for,
     push_folder,
     read_record,
     read_tensors,
@@ -315,17 +317,13 @@ def fit_beside(transformer: nn.Module) -> FittedBranches | None:
     Raises:
         BranchFileError: the files are there, and cannot be read.
     """
-    config = getattr(transformer, "config", None)
-    source = config.get("_name_or_path") if isinstance(config, Mapping) else None
-    if not source or not (Path(source) / RECORD_FILE).is_file():
+    folder = folder_of(transformer)
+    if folder is None or not (folder / RECORD_FILE).is_file():
         return None
-    record = read_record(Path(source))
-    if record.kind != "fitted" or record.base_model is None:
+    record = read_record(folder)
+    if record.kind != "fitted" or not is_made_for(record.base_model, transformer):
         return None
-    expected, found = record.base_model, base_model_of(transformer)
-    if expected.name != found.name or expected.fingerprint.difference(found.fingerprint):
-        return None
-    return FittedBranches.from_pretrained(source)
+    return FittedBranches.from_pretrained(folder)
 
 
 def with_base_model(fit: FittedBranches, transformer: nn.Module, made_by: str) -> FittedBranches:

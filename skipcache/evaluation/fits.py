@@ -30,6 +30,14 @@ def call_of(steps: int, labels: int = 10) -> dict[str, Any]:
     }
 
 
+def sample_classes(pipeline: Any, seed: int, steps: int, labels: int = 10) -> torch.Tensor:
+    """Pictures [B, C, H, W] in 0..1 of that call."""
+    generator = torch.Generator().manual_seed(seed)
+    call = call_of(steps, labels)
+    images: torch.Tensor = pipeline(**call, generator=generator, output_type="pt").images
+    return images
+
+
 def demo_fit(pipeline: Any) -> FittedBranches:
     """The fit that comes with the demo model: 320 samples of 50 steps, 20 of them held out."""
     return fit_skip_branches(
@@ -72,22 +80,16 @@ def fits(seeds: int = 4) -> str:
     fit = demo_fit(pipeline)
     seconds = time.perf_counter() - begun
 
-    def sample(seed: int, steps: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        images: torch.Tensor = pipeline(
-            **call_of(steps), generator=generator, output_type="pt"
-        ).images
-        return images
-
     rows = []
     for steps, intervals in CASES:
-        uncached = [sample(seed, steps) for seed in range(seeds)]
+        uncached = [sample_classes(pipeline, seed, steps) for seed in range(seeds)]
         for interval in intervals:
             row = [str(steps), str(interval)]
             for name in (*ESTIMATORS, "fitted"):
                 what = {"branches": fit} if name == "fitted" else {"estimator": name}
                 with api.skip_cache(pipeline, interval=interval, **what):
-                    values = [_mean_psnr(sample(s, steps), uncached[s]) for s in range(seeds)]
+                    found = [sample_classes(pipeline, seed, steps) for seed in range(seeds)]
+                    values = list(map(_mean_psnr, found, uncached))
                 row.append(f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}")
             rows.append(row)
     quality = format_table(["steps", "interval", *ESTIMATORS, "fitted"], rows)

@@ -12,12 +12,13 @@ import torch
 from skipcache import api
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import SkipCacheError
-from skipcache.evaluation.fits import call_of
+from skipcache.evaluation.fits import call_of, sample_classes
 from skipcache.evaluation.metrics import psnr
 from skipcache.evaluation.timing import format_table
 from skipcache.recipes.calibrate import Sampler, decibels, refined_plan
 from skipcache.recipes.checkpoint import Checkpoint
-from skipcache.recipes.plan import refreshes_for, steps_of
+from skipcache.recipes.generic import output_in_a_line
+from skipcache.recipes.plan import refreshes_for, speedup_of, steps_of
 from skipcache.recipes.recipe import Recipe, planned, recipe_beside
 from skipcache.recipes.search import best_plans, plan_errors
 from skipcache.schedules import IntervalSchedule, MaskSchedule
@@ -35,7 +36,7 @@ def recipe_ablation(seeds: int = 4) -> str:
     the demo model.
     """
     pipeline, recipe = _demo()
-    uncached = [_sample(pipeline, seed, 50) for seed in range(seeds)]
+    uncached = [sample_classes(pipeline, seed, 50) for seed in range(seeds)]
     sampler = Sampler(pipeline, [call_of(50)] * 2, FIRST_SEED, Checkpoint(None, ""))
     rows: dict[str, list[str]] = {}
     for speedup in SPEEDUPS:
@@ -73,7 +74,7 @@ def recipe_steps(seeds: int = 4) -> str:
     pipeline, recipe = _demo()
     rows = []
     for steps in (50, 30, 20):
-        uncached = [_sample(pipeline, seed, steps) for seed in range(seeds)]
+        uncached = [sample_classes(pipeline, seed, steps) for seed in range(seeds)]
         for interval in (2, 3):
             own = _quality(pipeline, recipe.at(float(interval)), uncached, steps)
             ran = refreshes_of(pipeline, recipe.at(float(interval)), steps)
@@ -104,7 +105,8 @@ def recipe_prediction(schedules: int = 40, steps: int = 50) -> str:
         reference = sampler.uncached_sample(0)
         measured = []
         for plan in plans:
-            config = recipe.with_plan(steps_of(plan)).at(config_speedup(recipe, sum(plan)))
+            speedup = speedup_of(steps, sum(plan), recipe.reuse_cost)
+            config = recipe.with_plan(steps_of(plan)).at(speedup)
             measured.append(_root_mean_square(sampler.errors(0, reference, config)))
     predicted = plan_errors(recipe.statistics, plans)
     rho = rank_correlation(predicted, measured)
@@ -134,12 +136,6 @@ def random_plans(count: int, steps: int, seed: int = 0) -> list[tuple[bool, ...]
     return plans
 
 
-def config_speedup(recipe: Recipe, refreshes: int) -> float:
-    """A speedup for which so many steps refresh."""
-    steps = recipe.steps
-    return steps / (refreshes + (steps - refreshes) * recipe.reuse_cost)
-
-
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
     """Spearman's."""
     ranks = [np.argsort(np.argsort(np.array(values))).astype(float) for values in (left, right)]
@@ -149,7 +145,7 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
 def refreshes_of(pipeline: Any, config: SkipCacheConfig, steps: int) -> int:
     """Refreshes of a run."""
     with api.skip_cache(pipeline, config=config):
-        _sample(pipeline, 0, steps, labels=1)
+        sample_classes(pipeline, 0, steps, labels=1)
         return api.cache_stats(pipeline).refreshed
 
 
@@ -164,15 +160,7 @@ def _demo() -> tuple[Any, Recipe]:
 
 
 def _line(refresh_steps: Sequence[int]) -> SkipCacheConfig:
-    schedule = MaskSchedule(tuple(refresh_steps), steps=50)
-    return SkipCacheConfig(front_layers=0, back_layers=0, schedule=schedule, estimator="taylor")
-
-
-def _sample(pipeline: Any, seed: int, steps: int, labels: int = 10) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    call = call_of(steps, labels)
-    images: torch.Tensor = pipeline(**call, generator=generator, output_type="pt").images
-    return images
+    return output_in_a_line(MaskSchedule(tuple(refresh_steps), steps=50))
 
 
 def _quality(
@@ -181,7 +169,7 @@ def _quality(
     values = []
     with api.skip_cache(pipeline, config=config):
         for seed, references in enumerate(uncached):
-            images = _sample(pipeline, seed, steps)
+            images = sample_classes(pipeline, seed, steps)
             values += [psnr(a, b) for a, b in zip(images, references, strict=True)]
     return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 

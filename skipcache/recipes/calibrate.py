@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics as stats
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from skipcache.branches.files import base_model_of
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import ConfigError
 from skipcache.recipes.checkpoint import Checkpoint, described
+from skipcache.recipes.generic import output_in_a_line
 from skipcache.recipes.listening import Listened, effects_of, listening, unrepeated
 from skipcache.recipes.plan import speedup_of, steps_of
 from skipcache.recipes.recipe import (
@@ -28,7 +30,7 @@ from skipcache.recipes.recipe import (
     describe_scheduler,
     planned,
 )
-from skipcache.recipes.search import REACH, best_plans, fewest_refreshes, plan_errors
+from skipcache.recipes.search import REACH, best_plans, fewest_refreshes, plan_error, plan_errors
 from skipcache.recipes.statistics import Array, OutputStatistics
 from skipcache.runtime.controller import controller_of
 from skipcache.schedules import MaskSchedule
@@ -83,7 +85,10 @@ def calibrate(
     transformer = next(iter(transformers_of(pipe).values()))
     base = base_model_of(transformer)
     sampler = Sampler(
-        pipe, asked, seed, Checkpoint(checkpoint, described((base, _of(pipe)), asked, seed))
+        pipe,
+        asked,
+        seed,
+        Checkpoint(checkpoint, described((base, _scheduler_in_words(pipe)), asked, seed)),
     )
     held_out = range(len(asked) - max(1, len(asked) // 10), len(asked))
     fitted = range(held_out.start)
@@ -134,7 +139,8 @@ class Sampler:
         self.times: tuple[float, ...] = ()
         self.effects: Array | None = None
         self.sample_shape: tuple[int, ...] = ()
-        self._uncached = lru_cache(maxsize=4)(self._sampled)
+        # The last sample of a call, fp32 on the CPU; the last few are kept.
+        self.uncached_sample = lru_cache(maxsize=4)(self._sampled)
         self._progress: Callable[[int, int], object] | None = None
         self._done = self._total = 0
 
@@ -197,9 +203,10 @@ class Sampler:
             heard = self.run(index, keep=keep)
             assert heard.sample is not None
             rows = torch.stack(heard.outputs).double()
+            of_all = {"effects": effects_of(heard)} if self.effects is None else {}
             return {
+                **of_all,
                 "times": np.array(heard.times),
-                "effects": effects_of(heard),
                 "shape": np.array(heard.sample.shape[1:], dtype=np.float64),
                 "covariance": (rows @ rows.T / rows.shape[1]).numpy(),
                 "weight": np.array([float(len(heard.sample))]),
@@ -215,10 +222,6 @@ class Sampler:
             raise ConfigError("the calls have different timesteps. Calibrate each on its own.")
         return found
 
-    def uncached_sample(self, index: int) -> torch.Tensor:
-        """The last sample of the call, fp32 on the CPU; the last few are kept."""
-        return self._uncached(index)
-
     def _sampled(self, index: int) -> torch.Tensor:
         heard = self.run(index)
         assert heard.sample is not None
@@ -232,8 +235,7 @@ class Sampler:
         return relative_errors(heard.sample.float().cpu(), reference)
 
 
-def _of(pipe: Any) -> str:
-    """The pipeline's scheduler in words."""
+def _scheduler_in_words(pipe: Any) -> str:
     scheduler = getattr(pipe, "scheduler", None)
     settings = dict(getattr(scheduler, "config", None) or {})
     return f"{type(scheduler).__name__} {sorted(settings.items(), key=repr)}"
@@ -290,7 +292,7 @@ def _with_gains(
         return found
     gains = np.sqrt(squares[1][known] / squares[0][known])
     spread = np.interp(range(n), np.array(at)[known], gains)
-    return OutputStatistics(found.times, found.covariance, found.effects, spread, found.power)
+    return replace(found, gains=spread)
 
 
 def probe_steps(steps: int) -> list[int]:
@@ -326,7 +328,7 @@ def _reuse_cost(sampler: Sampler, found: OutputStatistics) -> float:
     n = found.steps
     count = min(n - 1, max(fewest_refreshes(n), 2, n // 4))
     plan = best_plans(found, [count])[count]
-    sparse = _config(steps_of(plan), n)
+    sparse = output_in_a_line(MaskSchedule(steps_of(plan), steps=n))
 
     def measure() -> dict[str, Array]:
         steps: dict[bool, list[float]] = {True: [], False: []}
@@ -344,11 +346,6 @@ def _reuse_cost(sampler: Sampler, found: OutputStatistics) -> float:
 
     ratio = float(sampler.checkpoint.measured("reuse_cost", measure)["ratio"][0])
     return min(0.95, max(0.0, ratio))
-
-
-def _config(refresh_steps: Sequence[int], steps: int) -> SkipCacheConfig:
-    schedule = MaskSchedule(tuple(refresh_steps), steps=steps)
-    return SkipCacheConfig(front_layers=0, back_layers=0, schedule=schedule, estimator="taylor")
 
 
 def refined_plan(
@@ -412,7 +409,7 @@ def _measured(
             Point(
                 float(speedup),
                 steps_of(plan),
-                plan_errors(recipe.statistics, [plan])[0],
+                plan_error(recipe.statistics, plan),
                 Measured(*decibels(found), len(found)),
                 speedup_of(recipe.steps, sum(plan), recipe.reuse_cost),
             )

@@ -55,7 +55,8 @@ class Checkpoint:
         try:
             with safe_open(path, framework="numpy") as stored:
                 key = (stored.metadata() or {}).get("key")
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                names = stored.keys()
+                found = {name: stored.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise RecipeFileError(f"{path} cannot be read: {error}. Delete it.") from error
         if key != self.key:

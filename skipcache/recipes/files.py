@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +23,9 @@ from skipcache.branches.files import (
     find_folder,
     push_folder,
     read_base_model,
+    read_json,
     read_tensors,
+    replaced_files,
 )
 from skipcache.errors import BranchFileError, ConfigError, RecipeFileError
 from skipcache.recipes.recipe import Measured, Point, Recipe, RecipeRecord
@@ -72,13 +72,10 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     }
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".recipe-", dir=folder) as parts:
-            Path(parts, STATISTICS_FILE).write_bytes(save(tensors))
+        with replaced_files(folder, (STATISTICS_FILE, RECIPE_FILE)) as parts:
+            (parts / STATISTICS_FILE).write_bytes(save(tensors))
             described = json.dumps(text, indent=2, allow_nan=False) + "\n"
-            Path(parts, RECIPE_FILE).write_text(described, encoding="utf-8")
-            for name in (STATISTICS_FILE, RECIPE_FILE):
-                os.replace(Path(parts, name), folder / name)
+            (parts / RECIPE_FILE).write_text(described, encoding="utf-8")
     except (OSError, ValueError, SafetensorError) as error:
         raise RecipeFileError(f"{folder} cannot be written: {error}") from error
     return folder
@@ -96,7 +93,10 @@ def read_recipe(
             names=(RECIPE_FILE, STATISTICS_FILE),
         )
         path = folder / RECIPE_FILE
-        text = _read_json(path)
+        text = read_json(path, FORMAT_VERSION)
+        version = text.get("format_version")
+        if type(version) is not int or version < 1:
+            raise RecipeFileError(f"{path}: format_version is {version!r}, not {FORMAT_VERSION}.")
         check_keys(path, text, required=_REQUIRED, optional=_OPTIONAL)
         base = read_base_model(path, text["base_model"])
         steps = text["steps"]
@@ -136,11 +136,6 @@ def read_recipe(
     return Recipe(statistics, reuse_cost, points, record)
 
 
-def holds_recipe(folder: Path) -> bool:
-    """Whether the folder holds a recipe."""
-    return (folder / RECIPE_FILE).is_file()
-
-
 def push_recipe(recipe: Recipe, repo_id: str, private: bool | None) -> str:
     """See ``Recipe.push_to_hub``."""
     with _as_recipe_errors():
@@ -171,24 +166,6 @@ def _finite(value: Any) -> float:
     if not math.isfinite(number := float(value)):
         raise ValueError(f"{value!r} is not finite")
     return number
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        text = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeFileError(f"{path} cannot be read: {error}") from error
-    if not isinstance(text, dict):
-        raise RecipeFileError(f"{path} holds {type(text).__name__}, not an object.")
-    version = text.get("format_version")
-    if type(version) is not int or version < 1:
-        raise RecipeFileError(f"{path}: format_version is {version!r}, not {FORMAT_VERSION}.")
-    if version > FORMAT_VERSION:
-        raise RecipeFileError(
-            f"{path} has format version {version}, and this skipcache reads up to "
-            f"{FORMAT_VERSION}. Upgrade skipcache."
-        )
-    return text
 
 
 @contextmanager

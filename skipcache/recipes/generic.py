@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import ConfigError
-from skipcache.schedules import Progress
+from skipcache.schedules import Progress, Schedule
 
 HIGHEST_SPEEDUP = 4.0
 BEND = 1.6  # docs/explanation/recipes.md
@@ -55,9 +55,9 @@ def generic_config(speedup: float) -> SkipCacheConfig:
             f"speedup is {speedup!r}. Without a recipe it is a factor from 1 to "
             f"{HIGHEST_SPEEDUP:g}; calibrate one: skipcache calibrate."
         )
-    return SkipCacheConfig(
-        front_layers=0,
-        back_layers=0,
-        schedule=BentSchedule(float(speedup)),
-        estimator="taylor",
-    )
+    return output_in_a_line(BentSchedule(float(speedup)))
+
+
+def output_in_a_line(schedule: Schedule) -> SkipCacheConfig:
+    """No layer runs at a reuse step, which takes the line through the last two outputs."""
+    return SkipCacheConfig(front_layers=0, back_layers=0, schedule=schedule, estimator="taylor")

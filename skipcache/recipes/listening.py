@@ -100,7 +100,7 @@ def listening(
         for name in ("self", "model_output", "sample"):
             del bound.arguments[name]
         heard.calls.append(bound)
-        heard.sample = unrepeated(sample_of(made))
+        heard.sample = sample_of(made)
         if heard.sample.device.type == "cuda":
             torch.cuda.synchronize(heard.sample.device)
         heard.seconds.append(time.perf_counter())
@@ -109,6 +109,8 @@ def listening(
     scheduler.__class__ = type(kind.__name__, (kind,), {"step": step})
     try:
         yield heard
+        if heard.sample is not None:
+            heard.sample = unrepeated(heard.sample)
     finally:
         scheduler.__class__ = kind
 

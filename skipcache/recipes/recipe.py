@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcache.branches.files import BaseModel, base_model_of
+from skipcache.branches.files import BaseModel, base_model_of, folder_of, is_made_for
 from skipcache.config import SkipCacheConfig
 from skipcache.errors import ConfigError, RecipeError, RecipeWarning
 from skipcache.recipes.plan import PlannedRun, RecipeEstimator, RecipeSchedule, speedup_of
@@ -326,14 +326,10 @@ def recipe_beside(transformer: nn.Module) -> Recipe | None:
     Raises:
         RecipeFileError: the files are there, and cannot be read.
     """
-    from skipcache.recipes.files import holds_recipe
+    from skipcache.recipes.files import RECIPE_FILE
 
-    config = getattr(transformer, "config", None)
-    source = config.get("_name_or_path") if isinstance(config, Mapping) else None
-    if not source or not holds_recipe(Path(source)):
+    folder = folder_of(transformer)
+    if folder is None or not (folder / RECIPE_FILE).is_file():
         return None
-    found = Recipe.from_pretrained(source)
-    expected, own = found.record.base_model, base_model_of(transformer)
-    if expected.name != own.name or expected.fingerprint.difference(own.fingerprint):
-        return None
-    return found
+    found = Recipe.from_pretrained(folder)
+    return found if is_made_for(found.record.base_model, transformer) else None
