@@ -50,6 +50,7 @@ def apply_skip_cache(
     branches: FittedBranches | str | Path | None = None,
     recipe: Recipe | str | Path | None = None,
     speedup: float | None = None,
+    adaptive: str | None = None,
     adapter: str | Backbone | object | None = None,
     config: SkipCacheConfig | None = None,
     **unknown: object,
@@ -82,6 +83,9 @@ def apply_skip_cache(
         speedup: how much faster the denoising is to be, wall-clock; default with a recipe: 2.
             Where there is no recipe, up to 4, as steps over refreshes: the transformer's output is
             extrapolated between them, and early steps get more; ``cache_stats`` says what was done.
+        adaptive: with a recipe, ``"batch"`` adds refreshes to runs whose estimates miss by more
+            than those of its calibration did; ``"sample"`` where those of one sample of the batch
+            do. Such runs are slower than asked for; see ``Recipe.at``.
         adapter: the name of an adapter, a ``Backbone``, or a plugin; default: the adapter that
             claims the model. ``"auto"``: where none does, the first forward is traced, a
             ``Backbone`` guessed and checked on the spot, and used if every check passes; if not,
@@ -94,7 +98,8 @@ def apply_skip_cache(
     Raises:
         ConfigError: a value that cannot be, a preset that does not exist, a deep span without
             layers, branches together with an estimator or for another deep span, a recipe or a
-            speedup together with another option, or a speedup out of reach.
+            speedup together with another option, a speedup out of reach, or ``adaptive`` without a
+            recipe.
         RecipeError: a recipe that cannot be read, or is for another class of model.
         BranchFileError: branches that cannot be read, or are for another class of model.
         UnknownOptionError: an option that does not exist.
@@ -103,14 +108,14 @@ def apply_skip_cache(
             about it.
     """
     _refuse_unknown(unknown)
-    if recipe is not None or speedup is not None:
+    if recipe is not None or speedup is not None or adaptive is not None:
         given = (interval, window, front_layers, back_layers, schedule, estimator, preset, branches)
         if any(value is not None for value in (*given, config)):
             raise ConfigError(
                 "a recipe or a speedup says where, when and what to reuse. Pass no other option "
-                "than adapter beside it."
+                "than adapter and adaptive beside it."
             )
-        config = _from_recipe(target, recipe, speedup)
+        config = _from_recipe(target, recipe, speedup, adaptive)
     if branches is not None:
         estimator, front_layers, back_layers = _fitted(
             branches, estimator, front_layers, back_layers
@@ -290,7 +295,10 @@ def _fitted(
 
 
 def _from_recipe(
-    target: object, recipe: Recipe | str | Path | None, speedup: float | None
+    target: object,
+    recipe: Recipe | str | Path | None,
+    speedup: float | None,
+    adaptive: str | None,
 ) -> SkipCacheConfig:
     from skipcache.recipes.generic import generic_config
     from skipcache.recipes.recipe import DEFAULT_SPEEDUP, recipe_beside, recipe_from
@@ -299,13 +307,18 @@ def _from_recipe(
     transformer = next(iter(transformers_of(target).values()))
     found = recipe_beside(transformer) if recipe is None else recipe_from(recipe)
     if found is None:
+        if adaptive is not None:
+            raise ConfigError(
+                "adaptive compares a run with the calibration of a recipe, and there is none for "
+                "this model. Pass recipe, or calibrate one: skipcache calibrate."
+            )
         return generic_config(wanted)
     found.check_for(transformer, getattr(target, "scheduler", None))
-    return found.at(wanted)
+    return found.at(wanted, adaptive=adaptive)
 
 
 def _refuse_unknown(unknown: dict[str, object]) -> None:
-    options = [*_OPTIONS, "branches", "recipe", "speedup", "adapter", "config"]
+    options = [*_OPTIONS, "branches", "recipe", "speedup", "adaptive", "adapter", "config"]
     for name in unknown:
         raise UnknownOptionError(
             f"apply_skip_cache has no option {name!r}. {did_you_mean(name, options)}"
@@ -359,10 +372,10 @@ def build_controller(
         own = fit_beside(transformer)  # checked against the model already
         if own is not None and (own.front_layers, own.back_layers) == (front_layers, back_layers):
             estimator = own
-    controller = Controller(
-        transformer, bound, front_layers, back_layers, used.resolve_schedule(), estimator
-    )
-    controller.config, controller.preset = config, used.preset
+    schedule = used.resolve_schedule()
+    controller = Controller(transformer, bound, front_layers, back_layers, schedule, estimator)
+    controller.config = config
+    controller.preset = used.preset or getattr(schedule, "preset", None)
     return controller
 
 

@@ -73,6 +73,21 @@ class Estimator(Protocol):
         ...
 
 
+@runtime_checkable
+class PlannedEstimator(Estimator, Protocol):
+    """An estimator that prepares itself for a run whose steps and refreshes are known ahead."""
+
+    def for_run(self, times: Sequence[float], plan: Sequence[bool]) -> Estimator:
+        """What estimates in its place in a run.
+
+        Args:
+            times: normalised, one a step.
+            plan: whether the step refreshes. Where refreshes are added to it on the way, it is
+                asked again.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Hold:
     """The deep feature of the last refresh, unchanged (Skip-Cache, arXiv:2411.17616). Keeps one

@@ -40,6 +40,24 @@ class Progress:
         return len(self.times) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """By how much an estimate would have missed what a refresh computed.
+
+    Attributes:
+        step: of the refresh.
+        seen: the refreshes that the estimate looked at, newest last.
+        error: |estimate - computed| / |computed| of the whole batch, of the stream of the step
+            where it is largest.
+        worst: the same of the sample of the batch where it is largest.
+    """
+
+    step: int
+    seen: tuple[int, ...]
+    error: float
+    worst: float
+
+
 @runtime_checkable
 class Schedule(Protocol):
     """Decides which steps refresh. Implementations are immutable and hold no state of a run."""
@@ -60,6 +78,28 @@ class Schedule(Protocol):
 
     def plan(self, times: Sequence[float]) -> tuple[bool, ...] | None:
         """The whole run from its normalised times, True = refresh; None if only the run tells."""
+        ...
+
+
+@runtime_checkable
+class AdaptiveSchedule(Schedule, Protocol):
+    """A schedule whose plan is a floor: where estimates miss by more than usual, refreshes are
+    added to it.
+    """
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it may add any; if not, nothing is measured (a host sync a refresh)."""
+        ...
+
+    def adds_refresh(self, times: Sequence[float], step: int, miss: Miss) -> bool:
+        """Whether a step that the plan reuses at refreshes after all.
+
+        Args:
+            times: normalised times of the run's steps.
+            step: this one.
+            miss: of the last refresh.
+        """
         ...
 
 

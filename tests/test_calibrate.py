@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -27,15 +28,16 @@ from skipcache import (
     skip_cache,
 )
 from skipcache.demo import load_pipeline
-from skipcache.errors import ConfigError, RecipeFileError
+from skipcache.errors import ConfigError, RecipeFileError, SkipCacheError
 from skipcache.evaluation.recipes import random_plans, rank_correlation
-from skipcache.recipes.calibrate import Sampler, decibels
+from skipcache.recipes.calibrate import Sampler, decibels, usual_misses
 from skipcache.recipes.checkpoint import Checkpoint
 from skipcache.recipes.listening import effects_of, listening
 from skipcache.recipes.plan import steps_of
 from skipcache.recipes.recipe import planned
 from skipcache.recipes.search import plan_errors
-from skipcache.schedules import MaskSchedule
+from skipcache.recipes.weights import expected_error
+from skipcache.schedules import MaskSchedule, Miss
 
 STEPS = 12
 
@@ -235,8 +237,8 @@ def test_calibration_leaves_the_pipeline_as_it_was(pipe):
 
 
 def test_one_that_was_stopped_goes_on(pipe, tmp_path):
-    """Stopped in the middle, it goes on with what it had: the same statistics as in one go, fewer
-    runs, and the file is gone at the end. Other calls are refused.
+    """Stopped in the middle, it goes on with what it had: the same statistics as in one go, and
+    fewer runs. Other calls are refused. The file is the caller's to delete.
     """
     calls = [call_of(8, 2)] * 3
     whole = calibrate(pipe, calls, speedups=(1.5,), probes=1)
@@ -268,7 +270,95 @@ def test_one_that_was_stopped_goes_on(pipe, tmp_path):
     assert len(again) < len(in_one_go)
     assert np.array_equal(resumed.statistics.covariance, whole.statistics.covariance)
     assert np.array_equal(resumed.statistics.gains, whole.statistics.gains)
-    assert not file.exists()
+    assert file.exists()
+
+
+def test_noise_that_differs_between_the_halves_of_a_doubled_batch(pipe):
+    """Guidance carries two copies along; DDPM gives each noise of its own, and the first counts
+    in every run alike.
+    """
+    own = pipe.scheduler
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(own.config)
+    try:
+        found = calibrate(pipe, [call_of(6, 2)] * 2, speedups=(1.5,), probes=1)
+        assert found.points[0].measured.samples == 2
+        with listening(pipe) as heard:
+            sample(pipe, 6)
+        assert heard.is_doubled
+        assert len(heard.sample) == 3
+    finally:
+        pipe.scheduler = own
+
+
+def test_generators_of_the_calls(pipe):
+    """They are left as they were, each run of a call begins with the same noise, and calls that
+    share one differ.
+    """
+    shared, own = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
+    torch.randn(3, generator=shared)
+    states = [shared.get_state(), own.get_state()]
+    calls = [{**call_of(6, 1), "generator": one} for one in (shared, own, shared)]
+    sampler = Sampler(pipe, calls, 0, Checkpoint(None, ""))
+    with sampler.generators_kept():
+        first, second, third = (sampler._sampled(index) for index in range(3))
+        assert torch.equal(sampler._sampled(0), first)
+        assert torch.equal(sampler._sampled(2), third)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert not torch.allclose(one, other, atol=0.1)
+    assert torch.equal(shared.get_state(), states[0])
+    shared.set_state(states[0])
+    with listening(pipe) as heard:
+        pipe(**calls[0])
+    assert torch.equal(first, heard.sample)
+    shared.set_state(states[0])
+    calibrate(pipe, calls, speedups=np.array([1.5]), probes=1)
+    assert torch.equal(shared.get_state(), states[0])
+    assert torch.equal(own.get_state(), states[1])
+
+
+def test_usual_misses(pipe, recipe):
+    """What estimates on the held-out calls missed, over what the statistics tell: both are of a
+    size, and a batch's worst sample misses more than the whole.
+    """
+    misses = recipe.statistics.misses
+    assert misses.shape == (2, STEPS)
+    assert 0.2 < misses[0].min() < misses[0].max() < 5
+    assert (misses[1] >= misses[0]).all()
+    known = recipe.statistics
+    told = [expected_error(known, seen, step) for seen, step in (((0,), 1), ((0, 1), 4))]
+    found = usual_misses(
+        known,
+        [
+            Miss(1, (0,), 2 * told[0], 4 * told[0]),
+            Miss(1, (0,), 8 * told[0], 4 * told[0]),
+            Miss(4, (0, 1), told[1], 16 * told[1]),
+        ],
+    )
+    assert found[:, [0, 1, 4, STEPS - 1]] == pytest.approx(np.array([[4, 4, 1, 1], [4, 4, 16, 16]]))
+    assert found[0, 2] == pytest.approx(4 ** (2 / 3))  # geometric, a third of the way
+    assert (usual_misses(known, []) == 1).all()
+
+
+def test_an_adaptive_run_of_the_calibrated_kind_is_left_alone(pipe, recipe):
+    """On a seed that was not calibrated nothing is added; had the calibration missed by a third as
+    much, something would be.
+    """
+    known = recipe.statistics
+    strict = dataclasses.replace(
+        recipe, statistics=dataclasses.replace(known, misses=known.misses / 3)
+    )
+    refreshed = []
+    for found, adaptive in (
+        (recipe, None),
+        (recipe, "batch"),
+        (recipe, "sample"),
+        (strict, "batch"),
+        (strict, "sample"),
+    ):
+        with skip_cache(pipe, recipe=found, speedup=2.5, adaptive=adaptive):
+            sample(pipe)
+            refreshed.append(cache_stats(pipe).refreshed)
+    assert refreshed[0] == refreshed[1] == refreshed[2] < min(refreshed[3:])
 
 
 def test_refining_never_makes_it_worse_where_it_tries(pipe):
@@ -308,13 +398,17 @@ def test_a_recipe_survives_its_files(pipe, recipe, tmp_path):
         ([call_of(6)] * 2, {"speedups": (50.0,)}, "out of reach. The highest"),
         ([call_of(6)] * 2, {"speedups": (0.5,)}, "from 1"),
         ([call_of(6)] * 2, {"speedups": ()}, "empty"),
+        ([call_of(6)] * 2, {"speedups": 2.0}, "Name several"),
+        ([call_of(1)] * 2, {}, "make 1 steps. A cache needs at least three"),
+        ([call_of(2)] * 2, {}, "make 2 steps"),
+        ([call_of(6)] * 2, {"adapter": "nonsense"}, "nonsense"),
         ([call_of(6)] * 2, {"probes": 0}, "probes"),
         ([call_of(6)] * 2, {"refine": -1}, "refine"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(pipe, calls, options, message):
     """Each says what was wrong, and the pipeline is left uncached."""
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SkipCacheError, match=message):
         calibrate(pipe, calls, **{"probes": 1, **options})
     assert not is_skip_cached(pipe)
     assert type(pipe.scheduler) is DDIMScheduler

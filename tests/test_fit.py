@@ -102,6 +102,25 @@ def test_estimate_is_the_formula(fit):
         assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_bucket_without_a_matrix_is_served_by_its_neighbours(fit):
+    """The own bucket first, however far the distance; else the nearest one, up to 0.04 away; runs
+    of another number of steps fall between the times of those that were fitted.
+    """
+    one = dataclasses.replace(fit.cells[0], distance=0.06, spacing=0.0)
+    places = {10: 0.06, 11: 0.05, 14: 0.06}  # bucket of fifty to distance
+    cells = tuple(dataclasses.replace(one, bucket=b, distance=near) for b, near in places.items())
+    many = dataclasses.replace(fit, cells=cells, matrices=fit.matrices[:3], time_buckets=50)
+
+    def served(bucket: int) -> int | None:
+        found = many.cell_at(0.06, 0.0, 1 - (bucket + 0.5) / 50)
+        return None if found is None else cells[found].bucket
+
+    expected = {7: None, 8: 10, 9: 10, 10: 10, 11: 11, 12: 11, 13: 14, 14: 14, 16: 14, 17: None}
+    assert {bucket: served(bucket) for bucket in expected} == expected
+    few = dataclasses.replace(many, time_buckets=20)
+    assert few.cell_at(0.06, 0.0, 1 - 9.5 / 20) is None  # its neighbour is 0.05 away
+
+
 def features_of(shallow: torch.Tensor, deep: torch.Tensor) -> Features:
     """Recorded features [T, N, C] of T steps from time 0.9 down; the last fifth is held out."""
     times = tuple(0.9 - 0.1 * step for step in range(len(deep)))

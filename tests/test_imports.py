@@ -51,8 +51,8 @@ LAYERS = [
 # The front door opens onto the guess, which stands on the checks, and these on the front door.
 UPWARD = {("api", "skipcache.testing.auto")}
 PROTOCOLS = {
-    "skipcache.schedules": {"Schedule", "Progress"},
-    "skipcache.estimators": {"Estimator", "Refresh", "Tensors"},
+    "skipcache.schedules": {"AdaptiveSchedule", "Miss", "Progress", "Schedule"},
+    "skipcache.estimators": {"Estimator", "PlannedEstimator", "Refresh", "Tensors"},
 }
 
 

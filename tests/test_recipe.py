@@ -81,6 +81,19 @@ def test_the_highest_speedup(reuse_cost):
         found.at(found.highest_speedup + 0.01)
 
 
+def test_the_highest_speedup_is_taken_without_a_warning():
+    """What is in reach at the steps that were calibrated is applied and run there without a word,
+    whatever it would be at others.
+    """
+    times = tuple(1 - i / 26 for i in range(26))
+    known = replace(recipe_for().statistics.at(times), effects=np.full(26, -1 / 26))
+    found = replace(recipe_for(), statistics=known, reuse_cost=0.0, points=())
+    assert found.highest_speedup == 13
+    pipe = apply_skip_cache(build("dit"), recipe=found, speedup=13)
+    sample(pipe, 26)
+    assert cache_stats(pipe).refreshed == 2
+
+
 def test_predicted_errors():
     """None at a speedup of 1, more at the highest than at 2, and known for other steps as well."""
     found = recipe_for()

@@ -41,13 +41,13 @@ def walk(schedule: BentSchedule, times: tuple[float, ...]) -> tuple[bool, ...]:
 @QUICK
 @given(st.integers(1, 120), st.floats(1, 4), st.floats(1, 3))
 def test_bent_plans(steps, speedup, bend):
-    """A plan is as long as the run, begins with a refresh, and has one in ``speedup`` of them, with
-    stretches that never get shorter by more than what rounding makes.
+    """A plan is as long as the run, begins with a refresh, and has one in ``speedup`` of them but
+    at least two, with stretches that never get shorter by more than what rounding makes.
     """
     plan = BentSchedule(speedup, bend).plan(even(steps))
     assert len(plan) == steps
     assert plan[0]
-    assert sum(plan) == max(1, math.floor(steps / speedup + 1e-9))
+    assert sum(plan) == max(min(2, steps), math.floor(steps / speedup + 1e-9))
     spacings = np.diff([*steps_of(plan)])
     assert all(later >= earlier - 1 for earlier, later in itertools.pairwise(spacings))
 
@@ -60,7 +60,8 @@ def test_bent_plans(steps, speedup, bend):
         (12, 3.0, 2.0, "FFrFrrrFrrrr"),  # 12 (j / 4)^2: 0, 0.75, 3, 6.75
         (16, 4.0, 1.3, "FrrFrrFrrrrFrrrr"),  # 16 (j / 4)^1.3: 0, 2.6, 6.5, 11.01
         (3, 1.0, 1.3, "FFF"),
-        (2, 4.0, 1.3, "Fr"),
+        (7, 4.0, 1.6, "FrFrrrr"),  # 7 / 4 is one, and a line takes two: 0, 2.3
+        (2, 4.0, 1.3, "FF"),
         (1, 4.0, 1.3, "F"),
         (0, 4.0, 1.3, ""),
     ],
@@ -100,6 +101,7 @@ def test_a_speedup_without_a_recipe():
     pipe = apply_skip_cache(build("dit"), speedup=3)
     found = sample(pipe, 12)
     assert cache_stats(pipe).plan == letters(BentSchedule(3.0).plan(even(12)))
+    assert cache_stats(pipe).preset == "line/3x"
     assert cache_stats(pipe).layers_run == cache_stats(pipe).layers_total // 3
     same = {"schedule": BentSchedule(3.0), "estimator": "taylor"}
     with skip_cache(pipe, front_layers=0, back_layers=0, **same):

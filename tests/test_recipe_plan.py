@@ -24,7 +24,8 @@ from skipcache import (
     skip_cache,
     skip_cache_run,
 )
-from skipcache.estimators import Estimator, Refresh
+from skipcache.errors import RecipeWarning
+from skipcache.estimators import Estimator, PlannedEstimator, Refresh
 from skipcache.recipes.plan import (
     RecipeEstimator,
     RecipeSchedule,
@@ -106,11 +107,10 @@ def test_speedup_and_refreshes_are_each_others_inverse(steps, reuse_cost, data):
 
 
 def test_the_run_that_was_calibrated():
-    """At its own times the plan is the best that the search finds, with the weights for it."""
+    """At its own times the plan is the best that the search finds."""
     schedule = schedule_of(2.0, 0.1)
     run = schedule.planned(STATISTICS.times)
     assert schedule.plan(list(STATISTICS.times)) == run.plan == best_plans(STATISTICS, [8])[8]
-    assert run.weights == reuse_weights(STATISTICS, run.plan)
     assert schedule.planned(STATISTICS.times) is run  # looked up, not searched for again
 
 
@@ -122,25 +122,28 @@ def test_another_number_of_steps(steps):
     count = steps * 2 // 5
     assert sum(run.plan) == count
     assert run.plan == best_plans(STATISTICS.at(even(steps)), [count])[count]
-    assert sorted(run.weights) == [i for i, is_refresh in enumerate(run.plan) if not is_refresh]
 
 
 def test_a_speedup_that_so_few_steps_cannot_have():
-    """A run is never planned with less than two refreshes, nor with too long a stretch."""
-    assert letters(schedule_of(9.0).plan(even(4))).count("F") == 2
-    assert letters(schedule_of(10.0, 0.5).plan(even(40))).count("F") == math.ceil(40 / (REACH + 1))
+    """A run is never planned with less than two refreshes, nor with too long a stretch, and says
+    how fast it can be instead.
+    """
+    with pytest.warns(RecipeWarning, match="speedup=9 is out of reach at 4 steps.* 2.00 times"):
+        assert letters(schedule_of(9.0).plan(even(4))).count("F") == 2
+    fewest = math.ceil(40 / (REACH + 1))
+    with pytest.warns(RecipeWarning, match="out of reach at 40 steps"):
+        assert letters(schedule_of(10.0, 0.5).plan(even(40))).count("F") == fewest
 
 
 def test_stored_plans_take_precedence():
-    """A plan that was refined by sampling is used, with weights of its own; at other steps or
-    another number of refreshes the search tells.
+    """A plan that was refined by sampling is used; at other steps or another number of refreshes
+    the search tells.
     """
     stored = (0, 1, 2, 3, 4, 5, 6, 7, 8, 17)
     schedule = schedule_of(2.0, plans={10: stored})
     run = schedule.planned(STATISTICS.times)
     assert steps_of(run.plan) == stored
     assert run.plan != best_plans(STATISTICS, [10])[10]
-    assert run.weights == reuse_weights(STATISTICS, run.plan)
     assert schedule.plan(even(21)) == schedule_of(2.0).plan(even(21))
     moved = (*even(20)[:-1], 0.04)
     assert schedule.plan(moved) == schedule_of(2.0).plan(moved)
@@ -153,12 +156,13 @@ def test_short_and_unknown_runs_never_reuse(times):
     """Below three steps, and where a time is unknown, every step refreshes."""
     run = schedule_of(4.0).planned(times)
     assert run.plan == (True,) * len(times)
-    assert run.weights == {}
+    estimator = RecipeEstimator(STATISTICS)
+    assert estimator.for_run(times, run.plan) is estimator
 
 
 def test_three_steps():
     """The shortest run that reuses refreshes twice, and all of it at a speedup of 1."""
-    assert sorted(letters(schedule_of(3.0).plan(even(3)))) == ["F", "F", "r"]
+    assert sorted(letters(schedule_of(3.0).planned(even(3)).plan)) == ["F", "F", "r"]
     assert schedule_of(1.0).plan(even(3)) == (True, True, True)
 
 
@@ -205,11 +209,12 @@ def refreshes_at(steps: tuple[int, ...], times: tuple[float, ...]) -> tuple[Refr
 @pytest.mark.parametrize("steps", [20, 31])
 def test_planned_weights_are_taken(steps):
     """At every reuse step of a planned run, the sum of the last outputs by its weights."""
-    schedule, times = schedule_of(2.0), even(steps)
-    estimator = RecipeEstimator(schedule)
-    run = schedule.planned(times)
-    assert {len(reuse.weights) for reuse in run.weights.values()} >= {4}
-    for step, reuse in run.weights.items():
+    plan, times = schedule_of(2.0).plan(even(steps)), even(steps)
+    estimator = RecipeEstimator(STATISTICS).for_run(times, plan)
+    planned = reuse_weights(STATISTICS.at(times), plan)
+    assert sorted(planned) == [step for step, is_refresh in enumerate(plan) if not is_refresh]
+    assert {len(reuse.weights) for reuse in planned.values()} >= {4}
+    for step, reuse in planned.items():
         refreshes = refreshes_at(reuse.refresh_steps, times)
         found = estimator.estimate(estimator.prepare(refreshes, step, times[step]), None)
         pairs = zip(reuse.weights, refreshes, strict=True)
@@ -217,36 +222,46 @@ def test_planned_weights_are_taken(steps):
         assert found[1] is None
 
 
-def test_other_refreshes_than_planned_are_extrapolated():
-    """Where other steps refreshed, or at other times than planned, the line through the last two
-    outputs, of one the output itself.
+def missed_by(weights: Any, steps: tuple[int, ...], step: int) -> float:
+    """Square of what a weighted sum of outputs is away from that of the step."""
+    away = -np.eye(STATISTICS.steps)[step]
+    away[list(steps)] += weights
+    return float(away @ STATISTICS.covariance @ away)
+
+
+def test_other_refreshes_than_planned_are_weighed_anew():
+    """Where other steps refreshed than planned, what comes nearest by these: no other weights do,
+    and the line through the last two does worse.
     """
-    schedule, times = schedule_of(2.0), STATISTICS.times
-    estimator = RecipeEstimator(schedule)
-    step, reuse = max(schedule.planned(times).weights.items())
+    times, plan = STATISTICS.times, schedule_of(2.0).plan(STATISTICS.times)
+    estimator = RecipeEstimator(STATISTICS).for_run(times, plan)
+    step, reuse = max(reuse_weights(STATISTICS, plan).items())
     planned = reuse.refresh_steps
-    later = tuple(time - 0.01 for time in times)
-    cases = [
-        ((planned[0] - 1, *planned[1:]), times, times[step]),
-        (planned[1:], times, times[step]),
-        (planned[-1:], times, times[step]),
-        (planned, later, later[step]),
-        (planned, times, NAN),
-    ]
-    for steps, at, time in cases:
-        refreshes = refreshes_at(steps, at)
-        found = estimator.prepare(refreshes, step, time)
-        wanted = Taylor(1).prepare(refreshes[-2:], step, time)
-        assert torch.equal(found[0][0], wanted[0][0])
-    unplanned = RecipeEstimator(schedule_of(2.0)).prepare(
-        refreshes_at(planned, times), step, times[step]
-    )
-    line = Taylor(1).prepare(refreshes_at(planned, times)[-2:], step, times[step])
-    assert torch.equal(unplanned[0][0], line[0][0])
+    for steps in ((planned[0] - 1, *planned[1:]), planned[1:], planned[-2:], planned[-1:]):
+        # Refreshes that are unit vectors come back as the weights themselves.
+        refreshes = tuple(
+            Refresh(own, times[own], (torch.eye(len(steps), dtype=torch.float64)[i],), None)
+            for i, own in enumerate(steps)
+        )
+        (found,) = estimator.prepare(refreshes, step, times[step])[0]
+        (line,) = Taylor(1).prepare(refreshes[-2:], step, times[step])[0]
+        least = missed_by(found.numpy(), steps, step)
+        assert least < missed_by(line.numpy(), steps, step)
+        for nudge in np.eye(len(steps)) * 0.05:
+            assert least < missed_by(found.numpy() + nudge, steps, step)
+            assert least < missed_by(found.numpy() - nudge, steps, step)
+
+
+def test_runs_of_unknown_length_take_the_line():
+    """Asked without a run, the estimator takes the line through the last two outputs."""
+    refreshes = refreshes_at((0, 3, 5), STATISTICS.times)
+    found = RecipeEstimator(STATISTICS).prepare(refreshes, 6, NAN)
+    assert torch.equal(found[0][0], Taylor(1).prepare(refreshes[-2:], 6, NAN)[0][0])
 
 
 def recipe_config(schedule: RecipeSchedule) -> SkipCacheConfig:
-    estimator = RecipeEstimator(schedule)
+    estimator = RecipeEstimator(schedule.statistics)
+    assert isinstance(estimator, PlannedEstimator)
     assert isinstance(schedule, Schedule)
     assert isinstance(estimator, Estimator)
     return SkipCacheConfig(front_layers=0, back_layers=0, schedule=schedule, estimator=estimator)
@@ -276,13 +291,14 @@ def test_a_transformer_returns_the_planned_sums():
         found = [model(**call).sample for call in calls]
         stats = cache_stats(model)
     run = schedule.planned(times)
+    planned = reuse_weights(STATISTICS.at(times), run.plan)
     assert stats.plan == letters(run.plan)
     assert stats.reused == 4
     for step, output in enumerate(found):
         if run.plan[step]:
             assert torch.equal(output, plain[step])
         else:
-            reuse = run.weights[step]
+            reuse = planned[step]
             pairs = zip(reuse.weights, reuse.refresh_steps, strict=True)
             torch.testing.assert_close(output, sum(w * plain[i] for w, i in pairs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -112,10 +113,10 @@ def test_never_reusing_is_without_error():
     assert plan_error(known, (True,) * 8 + (False,)) > 0
 
 
-@pytest.mark.parametrize("steps", range(1, 60))
+@pytest.mark.parametrize("steps", range(2, 60))
 def test_fewest_refreshes(steps):
     """So many refreshes can be spread with no stretch above the longest, and one less cannot."""
-    fewest = fewest_refreshes(steps)
+    fewest = fewest_refreshes(statistics_of(steps, 0))
     spread = tuple(step % (REACH + 1) == 0 for step in range(steps))
     assert sum(spread) == fewest
     assert longest_reuse(spread) <= REACH
@@ -126,7 +127,7 @@ def test_fewest_refreshes(steps):
 def test_both_ends_of_what_can_be(steps):
     """The fewest refreshes and all steps are found; one less and one more are refused by name."""
     known = statistics_of(steps, 6)
-    fewest = fewest_refreshes(steps)
+    fewest = fewest_refreshes(known)
     found = best_plans(known, [steps, fewest, steps])
     assert found[steps] == (True,) * steps
     assert sum(found[fewest]) == fewest
@@ -152,3 +153,74 @@ def test_plans_that_cannot_be(plan, says):
     """Another length, a first step without a refresh and too long a stretch are refused."""
     with pytest.raises(ConfigError, match=says):
         plan_error(statistics_of(16, 7), plan)
+
+
+# Where another transformer takes over
+
+
+def with_stages(steps: int, begins: tuple[int, ...], seed: int) -> OutputStatistics:
+    """Of trajectories that another transformer makes from each of those steps on; half of the
+    switches are at the time of a step, which is still the earlier transformer's.
+    """
+    known = statistics_of(steps, seed)
+    times = known.times
+    switches = tuple(
+        times[i - 1] if (i + seed) % 2 else (times[i - 1] + times[i]) / 2 for i in begins
+    )
+    return replace(known, switches=switches)
+
+
+def begins_with_refreshes(plan: tuple[bool, ...], begins: tuple[int, ...]) -> bool:
+    return all(plan[i] for i in begins)
+
+
+@QUICK
+@given(st.integers(3, 10), st.integers(0, 10_000), st.data())
+def test_no_schedule_is_better_where_transformers_take_over(steps, seed, data):
+    """Each transformer's first step refreshes, and of all schedules of each number of refreshes of
+    which that is so, none has a lower predicted error; all others have an infinite one.
+    """
+    places = st.sets(st.integers(1, steps - 1), min_size=1, max_size=2)
+    begins = tuple(sorted(data.draw(places)))
+    known = with_stages(steps, begins, seed)
+    fewest = 1 + len(begins)
+    assert fewest_refreshes(known) == fewest
+    found = best_plans(known, range(fewest, steps + 1))
+    assert sorted(found) == list(range(fewest, steps + 1))
+    for refreshes, plan in found.items():
+        assert sum(plan) == refreshes
+        assert begins_with_refreshes(plan, begins)
+        plans = all_plans(steps, refreshes)
+        errors = plan_errors(known, plans)
+        for other, error in zip(plans, errors, strict=True):
+            assert math.isfinite(error) == begins_with_refreshes(other, begins)
+        assert math.isfinite(min(errors))
+        assert plan_error(known, plan) == pytest.approx(min(errors), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "begins", "fewest"),
+    [
+        (26, (), 2),
+        (26, (13,), 2),
+        (26, (12,), 3),  # 12 and 14 steps
+        (26, (1,), 3),  # 1 and 25
+        (27, (13,), 3),
+        (39, (13, 26), 3),
+        (39, (1, 2), 5),  # 1, 1 and 37
+        (40, (20,), 4),
+    ],
+)
+def test_fewest_refreshes_of_several_transformers(steps, begins, fewest):
+    """Each transformer needs as many as its own steps do; so many are found, and one less are
+    refused by name.
+    """
+    known = with_stages(steps, begins, 1)
+    assert fewest_refreshes(known) == fewest
+    (plan,) = best_plans(known, [fewest]).values()
+    assert sum(plan) == fewest
+    assert longest_reuse(plan) <= REACH
+    assert begins_with_refreshes(plan, begins)
+    assert math.isfinite(plan_error(known, plan))
+    with pytest.raises(ConfigError, match=f"from {fewest} to {steps}"):
+        best_plans(known, [fewest - 1])

@@ -15,7 +15,13 @@ from skipcache.errors import ConfigError
 from skipcache.estimators import extrapolation_weights
 from skipcache.recipes import weights as weights_module
 from skipcache.recipes.statistics import OutputStatistics
-from skipcache.recipes.weights import MEMORY, RIDGE, reuse_weights, segment_costs
+from skipcache.recipes.weights import (
+    MEMORY,
+    RIDGE,
+    expected_error,
+    reuse_weights,
+    segment_costs,
+)
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True)
 ELEMENTS = 24  # of an output
@@ -287,12 +293,12 @@ def test_a_step_without_effect_pays_nothing_back():
 
 
 def stretch_cost(
-    outputs: np.ndarray, known: OutputStatistics, r: int, gap: int, length: int
+    outputs: np.ndarray, known: OutputStatistics, r: int, gap: int, length: int, begin: int = 0
 ) -> float:
     """Literally: three refreshes ``gap`` apart, the last of them at ``r`` and again where there is
-    none, and ``length`` reuse steps whose misses add up.
+    none since ``begin``, and ``length`` reuse steps whose misses add up.
     """
-    seen = [i if gap and i >= 0 else r for i in (r, r - gap, r - 2 * gap)]
+    seen = [i if gap and i >= begin else r for i in (r, r - gap, r - 2 * gap)]
     sizes = np.sqrt((outputs[seen] ** 2).sum(1))
     rows = np.concatenate([outputs[seen].T, np.diag(math.sqrt(RIDGE) * sizes)])
     owed = np.zeros(ELEMENTS)
@@ -332,3 +338,158 @@ def test_no_stretch_costs_less_than_nothing(degree):
         effects = draw.normal(size=9) * 10.0 ** draw.integers(-3, 4)
         known = statistics_of(polynomial(even(9), degree, seed), even(9), effects).at(even(28))
         assert (segment_costs(known, 12) >= 0).all()
+
+
+# Where another transformer takes over
+
+
+@pytest.mark.parametrize(
+    ("switches", "begins"),
+    [
+        ((), [0]),
+        ((0.75,), [0, 4]),  # the step at 0.75 is still the earlier one's
+        ((0.74,), [0, 4]),
+        ((0.76,), [0, 3]),
+        ((0.76, 0.74), [0, 3, 4]),
+        ((0.74, 0.76), [0, 3, 4]),
+        ((0.76, 0.76), [0, 3]),
+        ((1.5,), [0]),  # before the run began
+        ((0.0,), [0]),  # never
+        ((1.0,), [0, 1]),
+    ],
+)
+def test_stages(switches, begins):
+    """Every step knows where its transformer's first step is and where its last one was."""
+    times = (1.0, 0.9, 0.8, 0.75, 0.7, 0.5, 0.2, 0.1)
+    known = replace(statistics_of(polynomial(times, 2), times), switches=switches)
+    ends = [*begins[1:], 8]
+    wanted = [stage for stage in zip(begins, ends, strict=True) for _ in range(stage[1] - stage[0])]
+    assert known.stages == wanted
+
+
+@pytest.mark.parametrize("steps", [4, 10, 23])
+def test_another_run_switches_at_the_same_times(steps):
+    """At other steps, transformers take over at the first step below the same times, and what a
+    miss is usual to be is interpolated.
+    """
+    misses = np.stack([np.linspace(1, 2, 9), np.linspace(5, 3, 9)])
+    known = replace(drawn(9, 0)[1], times=even(9), switches=(0.6, 0.31), misses=misses)
+    found = known.at(even(steps))
+    assert found.switches == (0.6, 0.31)
+    firsts = [next(i for i, time in enumerate(even(steps)) if time < at) for at in (0.6, 0.31)]
+    assert sorted({begin for begin, _ in found.stages}) == [0, *firsts]
+    assert found.misses.shape == (2, steps)
+    for row, wanted in zip(found.misses, misses, strict=True):
+        np.testing.assert_allclose(row, np.interp(even(steps), even(9)[::-1], wanted[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"switches": (0.5, math.nan)}, "not finite"),
+        ({"switches": (math.inf,)}, "not finite"),
+        ({"misses": np.ones((1, 4))}, "shapes"),
+        ({"misses": np.ones(4)}, "shapes"),
+        ({"misses": np.ones((2, 5))}, "shapes"),
+        ({"misses": np.array([[1, 1, 1, 1], [1, math.nan, 1, 1]])}, "not finite"),
+    ],
+)
+def test_switches_and_misses_that_cannot_be(change, says):
+    """They are refused as the rest is, and misses are as told unless measured."""
+    good = statistics_of(polynomial(even(4), 2), even(4))
+    assert np.array_equal(good.misses, np.ones((2, 4)))
+    with pytest.raises(ConfigError, match=says):
+        replace(good, **change)
+
+
+def begins_of(known: OutputStatistics) -> list[int]:
+    """Literally: of each step, the first one that as many switches lie above."""
+    above = [sum(time < switch for switch in known.switches) for time in known.times]
+    return [above.index(count) for count in above]
+
+
+@QUICK
+@given(seeds, st.integers(2, 11), st.data())
+def test_no_weights_of_another_transformers_outputs(seed, steps, data):
+    """A reuse step looks at refreshes of its own transformer only, and weighs them as a fit to the
+    outputs themselves does that owes what the other one left.
+    """
+    outputs, known = drawn(steps, seed)
+    at = data.draw(st.lists(st.sampled_from(known.times), min_size=1, max_size=2))
+    known = replace(known, switches=tuple(at))
+    begins = begins_of(known)
+    drawn_plan = data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps))
+    plan = [refreshes or step == begins[step] for step, refreshes in enumerate(drawn_plan)]
+    found, owed = reuse_weights(known, plan), np.zeros(ELEMENTS)
+    assert sorted(found) == [step for step in range(steps) if not plan[step]]
+    for step in range(steps):
+        if step:
+            owed = owed * math.exp(-(known.times[step - 1] - known.times[step]) / MEMORY)
+        if plan[step]:
+            continue
+        seen = [i for i in range(begins[step], step) if plan[i]][-4:]
+        assert found[step].refresh_steps == tuple(seen)
+        target = outputs[step] - owed / known.effects[step]
+        sizes = np.sqrt((outputs[seen] ** 2).sum(1))
+        rows = np.concatenate([outputs[seen].T, np.diag(math.sqrt(RIDGE) * sizes)])
+        wanted = np.linalg.lstsq(rows, np.append(target, 0 * sizes), rcond=None)[0]
+        np.testing.assert_allclose(found[step].weights, wanted, rtol=1e-6, atol=1e-8)
+        owed = owed + known.effects[step] * (wanted @ outputs[seen] - outputs[step])
+
+
+@settings(QUICK, max_examples=25)
+@given(seeds, st.integers(3, 9), st.data())
+def test_segment_costs_across_a_switch(seed, steps, data):
+    """A stretch ends where another transformer takes over, and what that one has cached begins
+    anew: a refresh of the one before counts as one more look at the last.
+    """
+    outputs, known = drawn(steps, seed)
+    known = replace(known, switches=(data.draw(st.sampled_from(known.times[:-1])),))
+    begins = begins_of(known)
+    costs = segment_costs(known, steps - 1)
+    for r, gap, length in np.ndindex(costs.shape):
+        is_there = (gap == 0) == (r == 0) and gap <= r and r + length < steps
+        if is_there and begins[r + length] == begins[r]:
+            wanted = stretch_cost(outputs, known, r, gap, length, begins[r])
+            np.testing.assert_allclose(costs[r, gap, length], wanted, rtol=1e-5, atol=1e-9)
+        else:
+            assert math.isinf(costs[r, gap, length])
+
+
+# What is told of an estimate
+
+
+@QUICK
+@given(seeds, st.integers(3, 9), st.data())
+def test_expected_errors_follow_the_slow_reference(seed, steps, data):
+    """The relative error of a fit of a step's output by those seen, element by element."""
+    outputs, known = drawn(steps, seed)
+    step = data.draw(st.integers(1, steps - 1))
+    seen = sorted(data.draw(st.sets(st.integers(0, step - 1), min_size=1, max_size=4)))
+    sizes = np.sqrt((outputs[seen] ** 2).sum(1))
+    rows = np.concatenate([outputs[seen].T, np.diag(math.sqrt(RIDGE) * sizes)])
+    weights = np.linalg.lstsq(rows, np.append(outputs[step], 0 * sizes), rcond=None)[0]
+    away = weights @ outputs[seen] - outputs[step]
+    wanted = np.linalg.norm(away) / np.linalg.norm(outputs[step])
+    assert expected_error(known, seen, step) == pytest.approx(wanted, rel=1e-6)
+    assert expected_error(replace(known, power=7.0), tuple(seen), step) == pytest.approx(wanted)
+
+
+def test_of_nothing_nothing_is_expected_to_be_missed():
+    """Outputs of zeros are told without an error, from zeros and from others."""
+    outputs = polynomial(even(5), 2)
+    outputs[3] = 0.0
+    assert expected_error(statistics_of(outputs, even(5)), (0, 1), 3) == 0.0
+    assert expected_error(statistics_of(outputs, even(5)), (0, 3), 4) > 0.0
+    assert expected_error(statistics_of(0 * outputs, even(5)), (0, 1), 2) == 0.0
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_what_is_known_in_full_is_expected_exactly(degree):
+    """A polynomial by as many outputs as it has coefficients: nothing but the ridge is missed, and
+    never the root of something below zero.
+    """
+    for seed in range(20):
+        known = statistics_of(polynomial(even(6), degree, seed), even(6))
+        error = expected_error(known, range(degree + 1), degree + 1)
+        assert 0.0 <= error < 0.05

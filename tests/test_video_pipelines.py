@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -68,8 +69,11 @@ from skipcache import (
     is_skip_cached,
     remove_skip_cache,
 )
+from skipcache.branches.files import base_model_of
 from skipcache.errors import ConfigError
-from skipcache.recipes.recipe import planned
+from skipcache.recipes.recipe import Recipe, RecipeRecord, describe_scheduler, planned
+from skipcache.recipes.statistics import OutputStatistics
+from skipcache.recipes.weights import reuse_weights
 from tiny import TINY, enliven, randn
 
 pytestmark = [
@@ -836,13 +840,36 @@ def test_recipes(name, monkeypatch):
     call = {**CASES[name].inputs(), "num_inference_steps": STEPS, "output_type": "latent"}
     recipe = calibrate(pipe, [call] * 2, speedups=(1.0,), probes=1)
     recipe = dataclasses.replace(recipe, reuse_cost=0.0)  # a model this small takes no time to tell
-    monkeypatch.delattr("skipcache.recipes.plan.extrapolation_weights")  # the line would need it
+    for unplanned in ("extrapolation_weights", "nearest_weights"):
+        monkeypatch.delattr(f"skipcache.recipes.plan.{unplanned}")
     apply_skip_cache(pipe, recipe=recipe, speedup=1.4)
     sample(pipe, name)
     plan = "".join("F" if refreshes else "r" for refreshes in planned(recipe, 1.4).plan)
     plans = {stream.plan for stream in cache_stats(pipe).streams.values()}
     assert "r" in plan
     assert plans == {plan}
+
+
+def test_a_recipe_for_two_transformers(monkeypatch):
+    """Of Wan 2.2, the second transformer begins with a refresh that is planned, and weighs as
+    planned from then on; both together refresh as often as the speedup asks.
+    """
+    pipe = build("wan-2.2")
+    call = {**CASES["wan-2.2"].inputs(), "num_inference_steps": 12, "output_type": "latent"}
+    recipe = calibrate(pipe, [call] * 2, speedups=(1.0,), probes=1)
+    known = recipe.statistics
+    (begin,) = {stage[0] for stage in known.stages} - {0}
+    assert known.times[begin - 1] >= 0.75 > known.times[begin]
+    recipe = dataclasses.replace(recipe, reuse_cost=0.0)
+    for unplanned in ("extrapolation_weights", "nearest_weights"):
+        monkeypatch.delattr(f"skipcache.recipes.plan.{unplanned}")
+    apply_skip_cache(pipe, recipe=recipe, speedup=1.5)
+    pipe(**call)
+    plan = "".join("F" if refreshes else "r" for refreshes in planned(recipe, 1.5).plan)
+    assert plan[begin] == "F"
+    assert plan.count("F") == 8
+    by_name = {key.split("/")[0]: s.plan for key, s in cache_stats(pipe).streams.items()}
+    assert by_name == {"transformer": plan[:begin], "transformer_2": plan[begin:]}
 
 
 def test_a_pipeline_of_two_kinds_of_outputs_has_no_recipe():
@@ -852,3 +879,118 @@ def test_a_pipeline_of_two_kinds_of_outputs_has_no_recipe():
     with pytest.raises(ConfigError, match=r"Calibrate with another|no recipes"):
         calibrate(pipe, [call] * 2, speedups=(1.0,), probes=1)
     assert not is_skip_cached(pipe)
+
+
+# A recipe made by hand for two transformers.
+
+
+def recipe_for_two(pipe: Any, steps: int = STEPS, misses: float = 1.0) -> Recipe:
+    """For Wan 2.2, of smooth outputs."""
+    pipe.scheduler.set_timesteps(steps)
+    times = tuple(float(timestep) / 1000 for timestep in pipe.scheduler.timesteps)
+    draw = np.random.default_rng(0)
+    outputs = np.exp(-np.outer(times, range(4))) @ draw.normal(size=(4, 40))
+    known = OutputStatistics(
+        times,
+        outputs @ outputs.T / 40 + 1e-3 * np.eye(steps),
+        np.diff([*times, 0.0]),
+        np.ones(steps),
+        1.0,
+        (pipe.config.boundary_ratio,),
+        np.full((2, steps), misses),
+    )
+    record = RecipeRecord(
+        base_model_of(pipe.transformer),
+        describe_scheduler(pipe.scheduler),
+        3.0,
+        (4, 2, 4, 4),
+        2,
+        "made by hand",
+    )
+    return Recipe(known, 0.0, (), record)
+
+
+class Outputs:
+    """What every call of a transformer returned, by pass, after a cache had its say."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.of: dict[tuple[str, float], dict[int, torch.Tensor]] = {}
+        self._times: list[float] = []
+        for name, model in transformers_of(pipe).items():
+            model.register_forward_hook(partial(self._look, name), with_kwargs=True)
+
+    def _look(self, name, module, args, kwargs, output):
+        time = float(kwargs["timestep"].flatten()[0])
+        if time not in self._times[-1:]:
+            self._times.append(time)
+        own = self.of.setdefault((name, float(kwargs["encoder_hidden_states"].sum())), {})
+        own[len(self._times) - 1] = output[0].clone()
+
+
+@pytest.mark.parametrize(("speedup", "refreshes"), [(1.4, 5), (2.0, 3), (3.5, 2)])
+def test_two_transformers_reuse_as_planned(speedup, refreshes):
+    """As many refreshes as planned in all, the second transformer's first step among them; each
+    reuse is the sum of what its own transformer said, by the planned weights.
+    """
+    pipe = build("wan-2.2")
+    recipe = recipe_for_two(pipe)
+    run = planned(recipe, speedup)
+    begin = sum(time >= pipe.config.boundary_ratio for time in recipe.statistics.times)
+    assert (begin, STEPS - begin) == tuple(map(len, WAN_22_PLANS.values()))
+    assert sum(run.plan) == refreshes
+    assert run.plan[begin]
+    apply_skip_cache(pipe, recipe=recipe, speedup=speedup)
+    heard = Outputs(pipe)
+    sample(pipe, "wan-2.2")
+    stats = cache_stats(pipe)
+    plan = "".join("F" if refreshes else "r" for refreshes in run.plan)
+    assert {key: stream.plan for key, stream in stats.streams.items()} == {
+        f"{name}/{key}": part
+        for name, part in (("transformer", plan[:begin]), ("transformer_2", plan[begin:]))
+        for key in COND_UNCOND
+    }
+    assert stats.refreshed == refreshes * len(COND_UNCOND)
+    assert stats.preset == f"recipe/{speedup:g}x"
+    weights = reuse_weights(recipe.statistics, run.plan)
+    assert len(heard.of) == 4
+    reused = 0
+    for outputs in heard.of.values():
+        for step, output in outputs.items():
+            if run.plan[step]:
+                continue
+            reuse = weights[step]
+            pairs = zip(reuse.weights, reuse.refresh_steps, strict=True)
+            torch.testing.assert_close(output, sum(w * outputs[i] for w, i in pairs))
+            reused += 1
+    assert reused == stats.reused == (STEPS - refreshes) * len(COND_UNCOND)
+
+
+@pytest.mark.parametrize("adaptive", ["batch", "sample"])
+def test_two_transformers_add_refreshes_of_their_own(adaptive):
+    """Each transformer adds refreshes by what it misses itself, to all of its passes; where no miss
+    surprises, nothing changes.
+    """
+    pipe = build("wan-2.2")
+    call = {**CASES["wan-2.2"].inputs(), "num_inference_steps": 20, "output_type": "latent"}
+
+    def sampled(misses: float, **options: Any) -> tuple[torch.Tensor, dict[str, str]]:
+        recipe = recipe_for_two(pipe, 20, misses)
+        apply_skip_cache(pipe, recipe=recipe, speedup=2.5, **options)
+        frames = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+        return frames, {key: stream.plan for key, stream in cache_stats(pipe).streams.items()}
+
+    plain, plans = sampled(1.0)
+    found, same = sampled(1e6, adaptive=adaptive)
+    assert same == plans
+    assert torch.equal(found, plain)
+    found, more = sampled(1e-6, adaptive=adaptive)
+    for name in ("transformer", "transformer_2"):
+        cond, uncond = (more[f"{name}/{key}"] for key in COND_UNCOND)
+        was = plans[f"{name}/cond"]
+        assert cond == uncond
+        assert cond.count("F") > was.count("F")
+        assert all(now == "F" for now, before in zip(cond, was, strict=True) if before == "F")
+        # Nothing is missed by its first refresh, so nothing is added to the stretch after it.
+        assert cond.index("F", 1) == was.index("F", 1)
+    again, _ = sampled(1e-6, adaptive=adaptive)
+    assert torch.equal(again, found)

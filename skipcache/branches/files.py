@@ -76,7 +76,9 @@ def base_model_of(transformer: nn.Module) -> BaseModel:
         TargetError: it is none.
     """
     [own] = transformers_of(transformer).values()
-    return BaseModel(type(own).__name__, fingerprint_of(own))
+    # FSDP2 puts a class of its own in front of the model's.
+    kinds = (k for k in type(own).__mro__ if not k.__module__.startswith("torch.distributed"))
+    return BaseModel(next(kinds).__name__, fingerprint_of(own))
 
 
 def is_made_for(expected: BaseModel | None, transformer: nn.Module) -> bool:

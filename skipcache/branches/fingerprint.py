@@ -29,7 +29,7 @@ class Fingerprint:
     Attributes:
         structure: SHA-256 of names and shapes, LoRA and skip branches left out.
         samples: weights at fixed places, one or more a tensor; empty where they cannot be read
-            (quantised, in fp8, on the meta device).
+            (quantised, in fp8, on the meta device, shared out among ranks).
     """
 
     structure: str
@@ -59,11 +59,7 @@ def fingerprint_of(model: nn.Module) -> Fingerprint:
     digest = hashlib.sha256()
     for name, parameter in named:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-    readable = [
-        p
-        for _, p in named
-        if p.is_floating_point() and p.element_size() > 1 and not p.is_meta and p.numel()
-    ]
+    readable = [p for _, p in named if _is_readable(p)]
     if not readable or len(readable) < len(named):
         return Fingerprint(digest.hexdigest(), ())
     picked = [readable[i * len(readable) // SAMPLES] for i in range(SAMPLES)]
@@ -71,6 +67,11 @@ def fingerprint_of(model: nn.Module) -> Fingerprint:
         values = [p.reshape(-1)[(i * 7919) % p.numel()].float().cpu() for i, p in enumerate(picked)]
     samples = tuple(float(value) for value in torch.stack(values).tolist())
     return Fingerprint(digest.hexdigest(), samples if all(map(math.isfinite, samples)) else ())
+
+
+def _is_readable(p: nn.Parameter) -> bool:
+    is_here = not p.is_meta and not hasattr(p, "device_mesh")  # as a DTensor's shards have
+    return is_here and p.is_floating_point() and p.element_size() > 1 and p.numel() > 0
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

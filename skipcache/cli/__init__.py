@@ -22,6 +22,8 @@ from skipcache.cli import (
 )
 from skipcache.errors import SkipCacheError
 
+_RESUMABLE = (bench.run, calibrate.run)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``skipcache`` command; returns its exit status."""
@@ -50,3 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SkipCacheError, OSError) as error:
         print(f"skipcache: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        resumable = ". The same command goes on where it was." * (arguments.run in _RESUMABLE)
+        print(f"skipcache: stopped{resumable}", file=sys.stderr)
+        return 130

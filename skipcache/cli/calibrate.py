@@ -40,7 +40,12 @@ def add_to(commands: Any) -> None:
         help="for each speedup, how many changed schedules are tried by sampling; default: "
         "%(default)s",
     )
-    parser.add_argument("--out", type=Path, help="folder of the recipe; default: recipe-SUBJECT")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the recipe; default: recipe- and the pipeline's name (demo is "
+        "class-to-image)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -68,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     for batch in batches:
         call = subject.call_of(batch, arguments.seed)
         calls.append({name: value for name, value in call.items() if name != "generator"})
+    checkpoint = out / "calibration.safetensors"
     with tqdm(unit="run") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -79,10 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
             calls,
             speedups=arguments.speedup,
             refine=arguments.refine,
-            checkpoint=out / "calibration.safetensors",
+            checkpoint=checkpoint,
             seed=arguments.seed * 1_000_003,
             progress=progress,
         )
     recipe.save_pretrained(out)
+    checkpoint.unlink(missing_ok=True)
     print(f"\n{explained(recipe)}\n\nUse it: apply_skip_cache(pipe, recipe={str(out)!r})")
     return 0

@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[], str]] = {
     "fit": fits.fits,
     "recipe-ablation": recipes.recipe_ablation,
     "recipe-steps": recipes.recipe_steps,
+    "recipe-adaptive": recipes.recipe_adaptive,
     "recipe-prediction": recipes.recipe_prediction,
     "convert-memory": convert_memory.convert_memory,
 }

@@ -21,19 +21,21 @@ RANK, FULL_RANK_ABOVE = 24, 0.7
 FIRST_SEED = 10_000  # of the calls fitted on; those compared have seeds from 0
 
 
-def call_of(steps: int, labels: int = 10) -> dict[str, Any]:
-    """The ten classes in turns at guidance 2."""
+def call_of(steps: int, labels: int = 10, guidance: float = 2.0) -> dict[str, Any]:
+    """The ten classes in turns."""
     return {
         "class_labels": [label % 10 for label in range(labels)],
-        "guidance_scale": 2.0,
+        "guidance_scale": guidance,
         "num_inference_steps": steps,
     }
 
 
-def sample_classes(pipeline: Any, seed: int, steps: int, labels: int = 10) -> torch.Tensor:
+def sample_classes(
+    pipeline: Any, seed: int, steps: int, labels: int = 10, guidance: float = 2.0
+) -> torch.Tensor:
     """Pictures [B, C, H, W] in 0..1 of that call."""
     generator = torch.Generator().manual_seed(seed)
-    call = call_of(steps, labels)
+    call = call_of(steps, labels, guidance)
     images: torch.Tensor = pipeline(**call, generator=generator, output_type="pt").images
     return images
 

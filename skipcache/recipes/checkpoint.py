@@ -13,6 +13,8 @@ import torch
 from skipcache.errors import RecipeFileError
 from skipcache.recipes.statistics import Array
 
+FORMAT = 2  # of what is measured
+
 
 class Checkpoint:
     """A file of measurements by name; without a path, nothing is kept.
@@ -44,11 +46,6 @@ class Checkpoint:
             if key.startswith(prefix)
         }
 
-    def drop(self) -> None:
-        """Removes the file: the calibration is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
     def _read(self, path: Path) -> dict[str, Array]:
         from safetensors import SafetensorError, safe_open
 
@@ -61,8 +58,8 @@ class Checkpoint:
             raise RecipeFileError(f"{path} cannot be read: {error}. Delete it.") from error
         if key != self.key:
             raise RecipeFileError(
-                f"{path} was left by another calibration (other weights, calls or seed). Delete "
-                "it, or name another file."
+                f"{path} was left by another calibration (other weights, calls, seed or "
+                "version). Delete it, or name another file."
             )
         return found
 
@@ -84,16 +81,19 @@ class Checkpoint:
 
 def described(base: object, calls: Sequence[Mapping[str, object]], seed: int) -> str:
     """A calibration in words that are the same in another process."""
-    return repr((base, [_in_words(dict(call)) for call in calls], seed))
+    return repr((FORMAT, base, [_in_words(dict(call)) for call in calls], seed))
 
 
 def _in_words(value: object) -> object:
-    """Tensors and generators by their content, other objects by their class."""
+    """Tensors, generators, arrays and pictures by their content, other objects by their class."""
     if isinstance(value, torch.Generator):
         value = value.get_state()
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return tuple(value.shape), hashlib.sha256(content).hexdigest()
+    if hasattr(value, "__array_interface__"):  # numpy's and Pillow's
+        array = np.asarray(value)
+        return array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()
     if isinstance(value, dict):
         return {str(name): _in_words(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -46,7 +46,7 @@ _REQUIRED = (
     "steps",
     "points",
 )
-_OPTIONAL = ("skipcache_version", "guidance_scale", "sample_shape", "made_by")
+_OPTIONAL = ("skipcache_version", "guidance_scale", "sample_shape", "made_by", "switches")
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
@@ -62,6 +62,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
         "steps": recipe.steps,
         "power": found.power,
         "reuse_cost": recipe.reuse_cost,
+        "switches": list(found.switches),
         "points": [asdict(point) for point in recipe.points],
     }
     arrays = {
@@ -69,6 +70,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
         "covariance": found.covariance,
         "effects": found.effects,
         "gains": found.gains,
+        "misses": found.misses,
     }
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     try:
@@ -107,6 +109,7 @@ def read_recipe(
             "covariance": (steps, steps),
             "effects": (steps,),
             "gains": (steps,),
+            "misses": (2, steps),
         }
         stored = read_tensors(folder / STATISTICS_FILE, shapes)
     arrays = {name: tensor.double().numpy() for name, tensor in stored.items()}
@@ -117,6 +120,8 @@ def read_recipe(
             arrays["effects"],
             arrays["gains"],
             float(text["power"]),
+            tuple(_finite(switch) for switch in text.get("switches", ())),
+            arrays["misses"],
         )
         reuse_cost = float(text["reuse_cost"])
         if not 0 <= reuse_cost < 1:

@@ -16,7 +16,8 @@ BEND = 1.6  # docs/explanation/recipes.md
 
 @dataclass(frozen=True)
 class BentSchedule:
-    """Refreshes one step in ``speedup``, more often early than late: at the steps n (j / m) ^ bend.
+    """Refreshes one step in ``speedup``, but twice at least, more often early than late: at the
+    steps n (j / m) ^ bend.
 
     Attributes:
         speedup: steps over refreshes, from 1.
@@ -29,13 +30,18 @@ class BentSchedule:
     needs_probe = False
     needs_times = False
 
+    @property
+    def preset(self) -> str:
+        """Its name in ``cache_stats``."""
+        return f"line/{self.speedup:g}x"
+
     def is_refresh(self, progress: Progress) -> bool:
         """For runs of unknown length: every so many steps."""
         return progress.since_refresh is None or progress.since_refresh >= math.ceil(self.speedup)
 
     def plan(self, times: Sequence[float]) -> tuple[bool, ...]:
         n = len(times)
-        count = max(1, math.floor(n / self.speedup + 1e-9))
+        count = max(min(2, n), math.floor(n / self.speedup + 1e-9))
         steps: set[int] = set()
         for j in range(count):
             step = max(round(n * (j / count) ** self.bend), len(steps))

@@ -8,7 +8,8 @@ import copy
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipcache.errors import ConfigError
+from skipcache.errors import ConfigError, RecipeWarning
 from skipcache.recipes.statistics import Array
 from skipcache.runtime.taps import normalised_times
 
 Change = Callable[[int, torch.Tensor], torch.Tensor]
+
+# Of the arguments of ``step``: what a replay gives itself, and noise, which cancels.
+NOT_KEPT = ("self", "model_output", "sample", "generator", "variance_noise")
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Stands for an argument of ``step`` that the step before returned.
+
+    Attributes:
+        place: in what it returned.
+    """
+
+    place: int
 
 
 @dataclass
@@ -29,14 +44,17 @@ class Listened:
 
     Attributes:
         before: the scheduler as it was when the first step was made.
-        calls: of each step, the arguments of ``step``, model output and sample left out.
+        calls: of each step, the arguments of ``step``; model output, sample and noise left out.
+        is_doubled: whether the pipeline samples everything twice: guidance may carry two copies
+            along, and gives the scheduler the same output for both.
         outputs: what of each step's model output was kept.
         seconds: at which each step was made.
-        sample: the last one, [B, ...]; where the pipeline samples everything twice, once.
+        sample: the last one, [B, ...]; of a doubled batch the first half.
     """
 
     before: Any = None
     calls: list[inspect.BoundArguments] = field(default_factory=list)
+    is_doubled: bool = False
     outputs: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     sample: torch.Tensor | None = None
@@ -56,6 +74,10 @@ class Listened:
             )
         return tuple(times[begin:])
 
+    def once(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, ...] of what may be doubled."""
+        return tensor.chunk(2)[0] if self.is_doubled else tensor
+
 
 @contextmanager
 def listening(
@@ -71,7 +93,7 @@ def listening(
         change: from step and model output to the one that the scheduler is given instead.
 
     Raises:
-        ConfigError: the pipeline has no scheduler with ``step``.
+        ConfigError: the pipeline has no scheduler that steps from a model output and a sample.
     """
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or not callable(getattr(scheduler, "step", None)):
@@ -82,23 +104,37 @@ def listening(
     kind = type(scheduler)
     heard = Listened()
     signature = inspect.signature(kind.step)
+    for name in ("model_output", "sample"):
+        if name not in signature.parameters:
+            raise ConfigError(
+                f"the step of {kind.__name__} takes no {name!r}, so it cannot be listened to. "
+                "Calibrate with another scheduler."
+            )
+    returned: tuple[Any, ...] = ()
 
     @functools.wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal returned
         if self is not scheduler:  # a copy, for a second kind of sample
             return kind.step(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         output = bound.arguments["model_output"]
         if heard.before is None:
             heard.before = _plain_copy(scheduler, kind)
+            heard.is_doubled = _is_doubled(output)
         index = len(heard.calls)
         if keep is not None:
             heard.outputs.append(keep(output))
         if change is not None:
             bound.arguments["model_output"] = change(index, output)
         made = kind.step(*bound.args, **bound.kwargs)
-        for name in ("self", "model_output", "sample"):
-            del bound.arguments[name]
+        for name in NOT_KEPT:
+            bound.arguments.pop(name, None)
+        for name, value in bound.arguments.items():
+            places = [i for i, part in enumerate(returned) if part is value and part is not None]
+            if places:
+                bound.arguments[name] = Returned(places[0])
+        returned = _parts_of(made)
         heard.calls.append(bound)
         heard.sample = sample_of(made)
         if heard.sample.device.type == "cuda":
@@ -110,7 +146,7 @@ def listening(
     try:
         yield heard
         if heard.sample is not None:
-            heard.sample = unrepeated(heard.sample)
+            heard.sample = heard.once(heard.sample)
     finally:
         scheduler.__class__ = kind
 
@@ -130,13 +166,15 @@ def sample_of(made: Any) -> torch.Tensor:
     return found
 
 
-def unrepeated(sample: torch.Tensor) -> torch.Tensor:
-    """The first half of a batch whose halves are equal: guidance may carry two copies along."""
-    if len(sample) % 2 == 0:
-        first, second = sample.chunk(2)
-        if torch.equal(first, second):
-            return first
-    return sample
+def _parts_of(made: Any) -> tuple[Any, ...]:
+    """All that ``scheduler.step`` returned; an object of one's own serves as well."""
+    if isinstance(made, tuple):
+        return made
+    return tuple(made.values() if isinstance(made, Mapping) else vars(made).values())
+
+
+def _is_doubled(output: torch.Tensor) -> bool:
+    return len(output) % 2 == 0 and torch.equal(*output.chunk(2))
 
 
 def effects_of(heard: Listened) -> Array:
@@ -144,7 +182,7 @@ def effects_of(heard: Listened) -> Array:
     scheduler makes of a unit output at that step and none at the others, less what it makes of the
     opposite, so that constants and noise of its own cancel.
 
-    Where the scheduler cannot be asked so, the time that each step spans.
+    Where the scheduler cannot be asked so, the time that each step spans, with a warning.
 
     Returns:
         [n].
@@ -156,9 +194,18 @@ def effects_of(heard: Listened) -> Array:
         with torch.no_grad(), torch.random.fork_rng():
             more, less = (_replayed(heard, shape, device, unit) for unit in (1.0, -1.0))
         effects = (more - less).double().flatten().cpu().numpy() / 2
-    except Exception:  # schedulers check and reshape in many ways
-        effects = np.full(0, np.nan)
+    except Exception as error:  # schedulers check and reshape in many ways
+        effects, why = np.full(0, np.nan), f" ({type(error).__name__}: {error})"
+    else:
+        why = ""
     if effects.shape != (len(heard.calls),) or not np.isfinite(effects).all():
+        warnings.warn(
+            f"{type(heard.before).__name__} does not tell what its steps do to the sample{why}, so "
+            "the recipe takes the time that each spans instead. It will be less good than with "
+            "another scheduler.",
+            RecipeWarning,
+            stacklevel=2,
+        )
         return -np.diff(np.array([*heard.times, 0.0]))
     return np.asarray(effects, dtype=np.float64)
 
@@ -168,11 +215,21 @@ def _replayed(
 ) -> torch.Tensor:
     """The last sample, where row i [1, ...] had an output of that value at step i."""
     scheduler = copy.deepcopy(heard.before)
+    # Clipping is there for outliers. A unit output on a sample of nothing would be one.
+    settings = getattr(scheduler, "config", None) or {}
+    unclipped = {name: False for name in ("clip_sample", "thresholding") if settings.get(name)}
+    if unclipped:
+        scheduler.register_to_config(**unclipped)
     sample = torch.zeros(shape, device=device)
+    returned: tuple[Any, ...] = ()
     for index, bound in enumerate(heard.calls):
         output = torch.zeros(shape, device=device)
         output[index] = unit
-        given = {name: value for name, value in bound.arguments.items() if name != "generator"}
+        given = {
+            name: returned[value.place] if isinstance(value, Returned) else value
+            for name, value in bound.arguments.items()
+        }
         torch.manual_seed(index)
-        sample = sample_of(scheduler.step(model_output=output, sample=sample, **given))
+        made = scheduler.step(model_output=output, sample=sample, **given)
+        returned, sample = _parts_of(made), sample_of(made)
     return sample

@@ -6,11 +6,13 @@ Both are looked up by the run's own times, so that one recipe serves any number 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from skipcache.errors import RecipeWarning
 from skipcache.estimators import (
     Refresh,
     Tensors,
@@ -18,9 +20,18 @@ from skipcache.estimators import (
     weighted_sums,
 )
 from skipcache.recipes.search import best_plans, fewest_refreshes
-from skipcache.recipes.statistics import SAME_TIME, OutputStatistics
-from skipcache.recipes.weights import HISTORY, ReuseWeights, reuse_weights
-from skipcache.schedules import MaskSchedule, Progress
+from skipcache.recipes.statistics import OutputStatistics
+from skipcache.recipes.weights import (
+    HISTORY,
+    ReuseWeights,
+    expected_error,
+    nearest_weights,
+    reuse_weights,
+)
+from skipcache.schedules import MaskSchedule, Miss, Progress
+
+SURPRISING = 1.3  # times the usual miss, above which refreshes are added
+KEPT_RUNS = 32  # whose plans and weights are kept; they are found anew in milliseconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +44,15 @@ class RecipeSchedule:
         reuse_cost: seconds of a reuse step over those of a refresh.
         plans: number of refreshes to refresh steps, where they were refined at the steps of
             ``statistics``; the search tells for all others.
+        adaptive: whether misses add refreshes, those of the ``"batch"`` or of its worst
+            ``"sample"``; see ``AdaptiveSchedule``.
     """
 
     statistics: OutputStatistics
     speedup: float
     reuse_cost: float
     plans: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    adaptive: str | None = None
     _runs: dict[tuple[float, ...], PlannedRun] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -46,8 +60,26 @@ class RecipeSchedule:
     needs_probe = False
     needs_times = True
 
+    @property
+    def preset(self) -> str:
+        """Its name in ``cache_stats``."""
+        return f"recipe/{self.speedup:g}x"
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.adaptive is not None
+
     def plan(self, times: Sequence[float]) -> tuple[bool, ...]:
-        return self.planned(times).plan
+        plan = self.planned(times).plan
+        if sum(plan) > self.refreshes(len(plan)):
+            reached = speedup_of(len(plan), sum(plan), self.reuse_cost)
+            warnings.warn(
+                f"speedup={self.speedup:g} is out of reach at {len(plan)} steps; they can be "
+                f"{reached:.2f} times faster.",
+                RecipeWarning,
+                stacklevel=2,
+            )
+        return plan
 
     def is_refresh(self, progress: Progress) -> bool:
         """For runs of unknown length: at the times of the plan that was calibrated."""
@@ -55,12 +87,31 @@ class RecipeSchedule:
         times = {planned.times[i] for i, refreshes in enumerate(planned.plan) if refreshes}
         return MaskSchedule.at_times(times).is_refresh(progress)
 
+    def adds_refresh(self, times: Sequence[float], step: int, miss: Miss) -> bool:
+        """A stretch of reuse is shortened by the root of how many times more than is surprising the
+        refresh before it was missed by: what a stretch loses grows with its length squared.
+        """
+        run = self.planned(times)
+        if run.statistics is None:
+            return False
+        missed, which = (miss.error, 0) if self.adaptive == "batch" else (miss.worst, 1)
+        told = expected_error(run.statistics, miss.seen, miss.step)
+        allowed = SURPRISING * float(run.statistics.misses[which, miss.step]) * told
+        if missed <= allowed:
+            return False
+        following = (i for i in range(miss.step + 1, len(run.plan)) if run.plan[i])
+        stretch = next(following, len(run.plan)) - miss.step
+        return step - miss.step >= stretch * math.sqrt(allowed / missed)
+
     def planned(self, times: Sequence[float]) -> PlannedRun:
-        """Plan and weights of a run with these times."""
+        """The plan of a run with these times."""
         key = tuple(times)
-        if key not in self._runs:
-            self._runs[key] = self._planned(key)
-        return self._runs[key]
+        found = self._runs.get(key)
+        if found is None:
+            if len(self._runs) >= KEPT_RUNS:
+                self._runs.clear()
+            found = self._runs[key] = self._planned(key)
+        return found
 
     def refreshes(self, steps: int) -> int:
         """How many of so many steps refresh."""
@@ -68,15 +119,15 @@ class RecipeSchedule:
 
     def _planned(self, times: tuple[float, ...]) -> PlannedRun:
         steps = len(times)
-        count = min(steps, max(self.refreshes(steps), fewest_refreshes(steps), 2))
-        if steps < 3 or count == steps or not all(map(math.isfinite, times)):
-            return PlannedRun(times, (True,) * steps, {})
+        if steps < 3 or not all(map(math.isfinite, times)):
+            return PlannedRun(times, (True,) * steps)
         statistics = self.statistics.at(times)
+        count = min(steps, max(self.refreshes(steps), fewest_refreshes(statistics), 2))
         if statistics is self.statistics and count in self.plans:
             plan = tuple(step in self.plans[count] for step in range(steps))
         else:
             plan = best_plans(statistics, [count])[count]
-        return PlannedRun(times, plan, reuse_weights(statistics, plan))
+        return PlannedRun(times, plan, statistics)
 
 
 @dataclass(frozen=True)
@@ -86,12 +137,13 @@ class PlannedRun:
     Attributes:
         times: normalised.
         plan: True = refresh.
-        weights: of each reuse step.
+        statistics: at these times; None where the run is too short, or has a time that is not
+            known.
     """
 
     times: tuple[float, ...]
     plan: tuple[bool, ...]
-    weights: Mapping[int, ReuseWeights]
+    statistics: OutputStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,39 +151,64 @@ class RecipeEstimator:
     """The weighted sum of the last outputs that loses least in the final sample. Keeps four outputs
     a stream.
 
-    Where the refreshes are not those that the schedule planned (a run whose length is not known, a
-    second transformer that joins late), the line through the last two.
+    By itself, where the length of a run is not known, the line through the last two.
 
     Attributes:
-        schedule: of the same recipe; it knows the weights.
+        statistics: of the model.
     """
 
-    schedule: RecipeSchedule
+    statistics: OutputStatistics
+    _runs: dict[tuple[tuple[float, ...], tuple[bool, ...]], RunEstimator] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     history = HISTORY
     needs_shallow = False
 
-    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
-        found = self._planned_weights(refreshes, step, time)
+    def for_run(self, times: Sequence[float], plan: Sequence[bool]) -> RecipeEstimator:
+        """The weights of a run with these times and this plan."""
+        key = tuple(times), tuple(plan)
+        if len(plan) < 3 or not all(map(math.isfinite, times)):
+            return self
+        found = self._runs.get(key)
         if found is None:
-            refreshes = refreshes[-2:]
-            found = extrapolation_weights([refresh.step for refresh in refreshes], step)
-        return (weighted_sums(found, [refresh.deep for refresh in refreshes]),)
+            if len(self._runs) >= KEPT_RUNS:
+                self._runs.clear()
+            statistics = self.statistics.at(times)
+            found = RunEstimator(statistics, reuse_weights(statistics, plan))
+            self._runs[key] = found
+        return found
+
+    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
+        last = refreshes[-2:]
+        weights = extrapolation_weights([refresh.step for refresh in last], step)
+        return (weighted_sums(weights, [refresh.deep for refresh in last]),)
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         return prepared[0]
 
-    def _planned_weights(
-        self, refreshes: Sequence[Refresh], step: int, time: float
-    ) -> Sequence[float] | None:
+
+@dataclass(frozen=True, eq=False)
+class RunEstimator(RecipeEstimator):
+    """That of one run. Where the refreshes are not those planned (a pass was away at one), what
+    comes nearest to the output by those that there are.
+
+    Attributes:
+        statistics: at the times of the run.
+        weights: of the reuse steps of its plan.
+    """
+
+    weights: Mapping[int, ReuseWeights] = field(default_factory=dict)
+
+    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
         seen = tuple(refresh.step for refresh in refreshes)
-        for run in tuple(self.schedule._runs.values()):
-            found = run.weights.get(step)
-            # By this step's time alone: a run that begins late (image to image) learns so from its
-            # second step on, and what its first one kept still has the time of a whole run's.
-            if found and found.refresh_steps == seen and abs(run.times[step] - time) <= SAME_TIME:
-                return found.weights
-        return None
+        planned = self.weights.get(step)
+        if planned is not None and planned.refresh_steps == seen:
+            weights = list(planned.weights)
+        else:
+            output = np.eye(self.statistics.steps)[step]
+            weights = nearest_weights(self.statistics, seen, output).tolist()
+        return (weighted_sums(weights, [refresh.deep for refresh in refreshes]),)
 
 
 def refreshes_for(steps: int, speedup: float, reuse_cost: float) -> int:

@@ -103,21 +103,32 @@ class Recipe:
     @property
     def highest_speedup(self) -> float:
         """The fastest that it can be asked for, at the steps that it was calibrated at."""
-        fewest = max(2, fewest_refreshes(self.steps))
+        fewest = max(2, fewest_refreshes(self.statistics))
         return speedup_of(self.steps, fewest, self.reuse_cost)
 
-    def at(self, speedup: float = DEFAULT_SPEEDUP) -> SkipCacheConfig:
+    def at(
+        self, speedup: float = DEFAULT_SPEEDUP, *, adaptive: str | None = None
+    ) -> SkipCacheConfig:
         """The configuration that is so much faster: wall-clock of the denoising, at least.
 
+        Args:
+            speedup: a factor from 1.
+            adaptive: ``"batch"`` adds refreshes to a run whose estimates miss by more than those of
+                the calibration did, as those of other prompts, sizes or weights may, so it can be
+                slower; ``"sample"`` where those of one sample of the batch do. Looks at refreshes
+                only, and waits for the device there.
+
         Raises:
-            ConfigError: a speedup below 1 or that the model cannot reach.
+            ConfigError: a speedup below 1 or that the model cannot reach, or another ``adaptive``.
         """
         self._check(speedup)
+        if adaptive not in (None, "batch", "sample"):
+            raise ConfigError(f"adaptive is {adaptive!r}. It is 'batch', 'sample' or None.")
         known = {len(point.refresh_steps): point.refresh_steps for point in self.points}
         schedule = RecipeSchedule(
-            self.statistics, float(speedup), self.reuse_cost, {**known, **self.plans}
+            self.statistics, float(speedup), self.reuse_cost, {**known, **self.plans}, adaptive
         )
-        estimator = RecipeEstimator(schedule)
+        estimator = RecipeEstimator(self.statistics)
         return SkipCacheConfig(
             front_layers=0, back_layers=0, schedule=schedule, estimator=estimator
         )

@@ -25,7 +25,7 @@ def best_plans(
 
     Args:
         statistics: of the n steps.
-        refreshes: from ``fewest_refreshes(n)`` to n each.
+        refreshes: from ``fewest_refreshes(statistics)`` to n each.
 
     Returns:
         Number of refreshes to n times whether the step refreshes.
@@ -37,10 +37,10 @@ def best_plans(
     n = statistics.steps
     if not wanted:
         return {}
-    if wanted[0] < fewest_refreshes(n) or wanted[-1] > n:
+    fewest = fewest_refreshes(statistics)
+    if wanted[0] < fewest or wanted[-1] > n:
         raise ConfigError(
-            f"{wanted} refreshes in {n} steps cannot be: there are from {fewest_refreshes(n)} to "
-            f"{n} of them."
+            f"{wanted} refreshes in {n} steps cannot be: there are from {fewest} to {n} of them."
         )
     reach = min(REACH, n - 1)
     costs = segment_costs(statistics, reach)
@@ -69,9 +69,9 @@ def best_plans(
     return plans
 
 
-def fewest_refreshes(steps: int) -> int:
-    """The smallest number of refreshes that a run of so many steps can do with."""
-    return -(-steps // (REACH + 1))
+def fewest_refreshes(statistics: OutputStatistics) -> int:
+    """The smallest number of refreshes that a run of these steps can do with."""
+    return sum(-(-(end - begin) // (REACH + 1)) for begin, end in set(statistics.stages))
 
 
 def plan_error(statistics: OutputStatistics, plan: Sequence[bool]) -> float:
@@ -84,7 +84,8 @@ def plan_errors(statistics: OutputStatistics, plans: Iterable[Sequence[bool]]) -
 
     Raises:
         ConfigError: a plan does not begin with a refresh, is of another length, or reuses longer
-            than ``REACH`` steps in a row.
+            than ``REACH`` steps in a row. Where another transformer reuses what it never made, the
+            error is infinite.
     """
     n = statistics.steps
     reach = min(REACH, n - 1)

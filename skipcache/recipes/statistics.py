@@ -34,6 +34,10 @@ class OutputStatistics:
             outputs unchanged: the sampler's own arithmetic.
         gains: [n], by how much the model carries such a change further, measured.
         power: mean square of the final sample.
+        switches: times at which another transformer takes over (Wan 2.2): the first step below.
+        misses: [2, n], by how many times more than the covariance tells an estimate misses what one
+            call of the transformer returns (a guidance pass, a variance beside the output),
+            measured, of the whole batch and of its worst sample; ones by default.
 
     Raises:
         ConfigError: sizes that do not match, values that are not finite, or a power that is not
@@ -45,13 +49,18 @@ class OutputStatistics:
     effects: Array
     gains: Array
     power: float
+    switches: tuple[float, ...] = ()
+    misses: Array = None  # type: ignore[assignment]  # ones, once it is made
 
     def __post_init__(self) -> None:
         count = len(self.times)
-        shapes = (self.covariance.shape, self.effects.shape, self.gains.shape)
-        if count < 2 or shapes != ((count, count), (count,), (count,)):
+        if self.misses is None:
+            object.__setattr__(self, "misses", np.ones((2, count)))
+        arrays = (self.covariance, self.effects, self.gains, self.misses)
+        shapes = tuple(array.shape for array in arrays)
+        if count < 2 or shapes != ((count, count), (count,), (count,), (2, count)):
             raise ConfigError(f"statistics of {count} steps have arrays of shapes {shapes}.")
-        parts = (np.array([*self.times, self.power]), self.covariance, self.effects, self.gains)
+        parts = (np.array([*self.times, *self.switches, self.power]), *arrays)
         if not all(np.isfinite(part).all() for part in parts) or not self.power > 0:
             raise ConfigError("statistics have values that are not finite, or no power.")
 
@@ -59,6 +68,18 @@ class OutputStatistics:
     def steps(self) -> int:
         """n."""
         return len(self.times)
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """[n]: the first step of the transformer that makes the step, and the one after its last:
+        nothing that was cached of one transformer serves another.
+        """
+        counts = [sum(switch > time for switch in self.switches) for time in self.times]
+        begins = [i for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
+        ends = [*begins[1:], self.steps]
+        return [
+            stage for stage in zip(begins, ends, strict=True) for _ in range(stage[1] - stage[0])
+        ]
 
     def at(self, times: Sequence[float]) -> OutputStatistics:
         """The same at the steps of another run of the sampler.
@@ -78,6 +99,8 @@ class OutputStatistics:
             _spread_anew(self.effects, self.times, new),
             np.interp(new, known, self.gains[rising]),
             self.power,
+            self.switches,
+            np.stack([np.interp(new, known, row[rising]) for row in self.misses]),
         )
 
 

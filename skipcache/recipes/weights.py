@@ -46,7 +46,7 @@ def reuse_weights(
         plan: n times whether the step refreshes; the first one does.
         history: how many refreshes a reuse step may look at.
     """
-    covariance, effects, times = statistics.covariance, statistics.effects, statistics.times
+    effects, times, stages = statistics.effects, statistics.times, statistics.stages
     found = {}
     refreshes: list[int] = []
     owed = np.zeros(statistics.steps)
@@ -56,16 +56,43 @@ def reuse_weights(
         if is_refresh:
             refreshes.append(step)
             continue
-        seen = refreshes[-history:]
+        seen = [refresh for refresh in refreshes if refresh >= stages[step][0]][-history:]
         wanted = -_safely_divided(owed, effects[step])
         wanted[step] += 1.0
-        moments = covariance[np.ix_(seen, seen)]
-        ridge = np.diag(RIDGE * np.diag(moments) + 1e-300)
-        weights = np.linalg.solve(moments + ridge, covariance[seen] @ wanted)
+        weights = nearest_weights(statistics, seen, wanted)
         owed[seen] += effects[step] * weights
         owed[step] -= effects[step]
         found[step] = ReuseWeights(tuple(seen), tuple(float(weight) for weight in weights))
     return found
+
+
+def nearest_weights(statistics: OutputStatistics, seen: Sequence[int], wanted: Array) -> Array:
+    """The weights of the outputs of the steps ``seen`` whose sum comes nearest to what is wanted.
+
+    Args:
+        statistics: of the n steps.
+        seen: steps.
+        wanted: [n], weights of all outputs.
+
+    Returns:
+        One weight a step of ``seen``.
+    """
+    places = list(seen)
+    moments = statistics.covariance[np.ix_(places, places)]
+    ridge = np.diag(RIDGE * np.diag(moments) + 1e-300)
+    return np.asarray(np.linalg.solve(moments + ridge, statistics.covariance[places] @ wanted))
+
+
+def expected_error(statistics: OutputStatistics, seen: Sequence[int], step: int) -> float:
+    """Of the output of a step, taken from those of the steps ``seen``: relative, root mean square.
+
+    0 where the outputs are nothing.
+    """
+    missing = -np.eye(statistics.steps)[step]
+    missing[list(seen)] += nearest_weights(statistics, seen, -missing)
+    square = missing @ statistics.covariance @ missing
+    size = statistics.covariance[step, step]
+    return math.sqrt(max(0.0, float(square / size))) if size > 0 else 0.0
 
 
 def segment_costs(statistics: OutputStatistics, reach: int) -> Array:
@@ -81,7 +108,8 @@ def segment_costs(statistics: OutputStatistics, reach: int) -> Array:
 
     Returns:
         [n, reach + 1, reach + 1], by r, gap and length; gap 0: there was no refresh before r.
-        Infinite where it does not fit into the run. In units of ``statistics.power``.
+        Infinite where it does not fit into the run, or another transformer takes over on the way.
+        In units of ``statistics.power``.
     """
     n, covariance, effects = statistics.steps, statistics.covariance, statistics.effects
     costs = np.full((n, reach + 1, reach + 1), np.inf)
@@ -91,7 +119,8 @@ def segment_costs(statistics: OutputStatistics, reach: int) -> Array:
     gaps = np.array([gap for _, gap in cases])
     seen = np.stack([steps, steps - gaps, steps - 2 * gaps], 1)
     # A refresh that is not there is one more look at the last one: the ridge halves its weight.
-    seen = np.where((seen < 0) | (gaps[:, None] == 0), steps[:, None], seen)
+    begins, ends_of = np.array(statistics.stages)[steps].T
+    seen = np.where((seen < begins[:, None]) | (gaps[:, None] == 0), steps[:, None], seen)
     moments = covariance[seen[:, :, None], seen[:, None, :]]
     diagonal = np.einsum("kii->ki", moments)
     moments = moments + np.eye(3) * (RIDGE * diagonal + 1e-300)[:, None, :]
@@ -100,7 +129,7 @@ def segment_costs(statistics: OutputStatistics, reach: int) -> Array:
     rows = np.arange(len(cases))
     for length in range(1, reach + 1):
         now = steps + length
-        is_inside = now < n
+        is_inside = now < ends_of
         if not is_inside.any():
             break
         now = np.minimum(now, n - 1)

@@ -15,17 +15,18 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from skipcache.errors import ConfigError, NotCachingWarning
-from skipcache.estimators import Estimator, Refresh, Tensors
+from skipcache.estimators import Estimator, PlannedEstimator, Refresh, Tensors
 from skipcache.runtime.blocklist import Slot, copy_of
 from skipcache.runtime.clock import Clock
 from skipcache.runtime.compiled import outside_graphs
 from skipcache.runtime.conductor import Conductor, conductor_of
 from skipcache.runtime.inputs import CallReader
 from skipcache.runtime.layout import BoundBackbone
+from skipcache.runtime.ranks import agreed
 from skipcache.runtime.stats import CacheStats, stats_of
-from skipcache.runtime.store import Run, Stream, relative_change
+from skipcache.runtime.store import Run, Stream, relative_change, relative_errors
 from skipcache.runtime.taps import ContextTap
-from skipcache.schedules import Progress, Schedule
+from skipcache.schedules import AdaptiveSchedule, Miss, Progress, Schedule
 
 
 class Controller(Conductor):
@@ -49,6 +50,7 @@ class Controller(Conductor):
         _check_schedule(schedule)
         super().__init__(bound)
         self.schedule, self.estimator = schedule, estimator
+        self.is_adaptive = isinstance(schedule, AdaptiveSchedule) and schedule.is_adaptive
         self.config: Any = None  # what it was built from, to build it anew
         self.preset: str | None = None  # its name, where one filled in what was not given
         self.front_layers, self.back_layers = front_layers, back_layers
@@ -165,9 +167,9 @@ class Controller(Conductor):
     def _decide(self, run: Run, stream: Stream) -> None:
         slot = self.slot
         if run.plan is None and run.is_planned:
-            run.plan = self.schedule.plan(run.times)
-            run.last_reuse = _last_reuse(run)
+            self._plan(run, self.schedule.plan(run.times))
         step = run.step
+        self._add_refresh(run)
         is_cached = bool(stream.refreshes)
         # A pass that was away at a refresh makes up for it when it comes back.
         missed = range(min(stream.last_step + 1, step), step + 1)
@@ -191,7 +193,37 @@ class Controller(Conductor):
         if is_probing:
             slot.probe = self._probe
         elif slot.is_reuse:
-            slot.prepared = self.estimator.prepare(tuple(stream.refreshes), step, run.time)
+            slot.prepared = self._prepared(run, stream)
+
+    def _plan(self, run: Run, plan: tuple[bool, ...] | None) -> None:
+        run.plan = plan
+        run.last_reuse = _last_reuse(run)
+        if plan is not None and isinstance(self.estimator, PlannedEstimator):
+            run.estimator = self.estimator.for_run(run.times, plan)
+
+    def _add_refresh(self, run: Run) -> None:
+        """Adds one at this step, where the last refresh was missed by too much: to the plan, so
+        that all streams of the step do alike.
+        """
+        step, miss = run.step, run.misses[-1] if run.misses else None
+        if miss is None or run.plan is None or step >= len(run.plan) or run.plan[step]:
+            return
+        assert isinstance(self.schedule, AdaptiveSchedule)
+        if self.schedule.adds_refresh(run.times, step, miss):
+            self._plan(run, (*run.plan[:step], True, *run.plan[step + 1 :]))
+
+    def _prepared(self, run: Run, stream: Stream) -> tuple[Tensors, ...]:
+        estimator = run.estimator or self.estimator
+        return estimator.prepare(tuple(stream.refreshes), run.step, run.time)
+
+    def _miss(self, run: Run, stream: Stream, deep: Tensors) -> Miss:
+        """By how much an estimate would have missed what this refresh computed."""
+        estimate = self.estimator.estimate(self._prepared(run, stream), self.slot.shallow)
+        seen = tuple(refresh.step for refresh in stream.refreshes)
+        error, worst = relative_errors(estimate, deep)
+        return Miss(
+            run.step, seen, agreed(error, self.transformer), agreed(worst, self.transformer)
+        )
 
     def _progress(self, run: Run, stream: Stream, step: int) -> Progress:
         since = step - stream.last_refresh_step if stream.refreshes else None
@@ -207,13 +239,14 @@ class Controller(Conductor):
                 (a is None) == (b is None) and (a is None or b is None or a.shape == b.shape)
                 for a, b in zip(stream.previous, flow, strict=True)
             ]
-            stream.change += relative_change(stream.previous, flow) if all(same) else float("inf")
+            change = relative_change(stream.previous, flow) if all(same) else float("inf")
+            stream.change += agreed(change, self.transformer)
         stream.previous = copy_of(flow)
         if not stream.refreshes or (run.is_planned and run.step >= len(run.times)):
             return
         self.slot.is_reuse = not self.schedule.is_refresh(self._progress(run, stream, run.step))
         if self.slot.is_reuse:
-            self.slot.prepared = self.estimator.prepare(tuple(stream.refreshes), run.step, run.time)
+            self.slot.prepared = self._prepared(run, stream)
 
     def _file(self, run: Run, stream: Stream) -> None:
         slot = self.slot
@@ -231,6 +264,13 @@ class Controller(Conductor):
             # Without a layout from the entry (a pass that leaves that block out itself) there is
             # nothing to guard a reuse by.
             if slot.deep is not None and slot.entered and run.step < run.last_reuse:
+                if (
+                    self.is_adaptive
+                    and run.plan
+                    and stream.refreshes
+                    and stream.entered == slot.entered
+                ):
+                    run.take(self._miss(run, stream, slot.deep))
                 refresh = Refresh(run.step, run.time, slot.deep, slot.shallow)
                 stream.keep(refresh, slot.entered)
         run.measure()
@@ -263,7 +303,9 @@ def _check_schedule(schedule: Schedule) -> None:
     not while sampling.
     """
     times = [1.0 - i / 50 for i in range(50)]
-    plan: Sequence[object] | None = schedule.plan(times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a run that nobody asked for
+        plan: Sequence[object] | None = schedule.plan(times)
     if schedule.needs_probe and plan is None:
         return
     if (

@@ -52,9 +52,10 @@ class CacheStats:
             ``"1"``, ... in the order of calls. With two transformers the name is in front:
             ``"transformer_2/0"``.
         cache_bytes: the most bytes that the caches held at once, measured on the stored tensors.
-        preset: name of the preset in use, given or the model's own; None where there is none. What
-            was given beside it is not part of it. Those of two transformers that differ are joined
-            by ``|``.
+        preset: name of the preset in use, given or the model's own, or what a speedup took:
+            ``"recipe/2x"``, or ``"line/2x"`` without a recipe; None where there is none. What was
+            given beside it is not part of it. Those of two transformers that differ are joined by
+            ``|``.
     """
 
     streams: Mapping[str, StreamStats] = field(default_factory=dict)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 
-from skipcache.estimators import Refresh, Tensors
+from skipcache.estimators import Estimator, Refresh, Tensors
 from skipcache.runtime.blocklist import FlowLayout
 from skipcache.runtime.compiled import outside_graphs
+from skipcache.schedules import Miss
 
 MAX_STREAMS = 8  # guidance passes a step; more calls than that get no cache of their own
 
@@ -53,6 +55,7 @@ class Run:
         times: normalised times of its steps, as far as known: all of them where a scheduler tells,
             else one more a step.
         plan: which steps refresh, where the schedule could plan ahead.
+        estimator: what estimates in it.
         step: index of the current step.
     """
 
@@ -60,6 +63,7 @@ class Run:
         self.times: list[float] = list(times)
         self.is_planned = is_planned  # all times are known
         self.plan: tuple[bool, ...] | None = None
+        self.estimator: Estimator | None = None
         self.last_reuse: float = math.inf  # nothing is kept from this step on
         self.step = 0
         self.calls: dict[str | None, int] = {}  # calls in the current step, by pass name
@@ -67,6 +71,7 @@ class Run:
         self.streams: dict[Hashable, Stream] = {}
         self.is_broken = False  # a call of this step raised: whose turn it is cannot be told
         self.peak_bytes = 0
+        self.misses: list[Miss] = []  # at its refreshes, where measured
 
     @property
     def time(self) -> float:
@@ -100,6 +105,15 @@ class Run:
         """Takes note of the bytes held now."""
         self.peak_bytes = max(self.peak_bytes, sum(s.cache_bytes for s in self.streams.values()))
 
+    def take(self, miss: Miss) -> None:
+        """Takes note of a miss: the streams that miss most count for the step."""
+        last = self.misses[-1] if self.misses else None
+        if last is None or last.step != miss.step:
+            self.misses.append(miss)
+        else:
+            worst = max(last.worst, miss.worst)
+            self.misses[-1] = replace(max(last, miss, key=lambda one: one.error), worst=worst)
+
     def fail(self) -> None:
         """After a call that raised: nothing is kept, and the rest of the step is left alone."""
         self.drop()
@@ -123,3 +137,26 @@ def relative_change(previous: Tensors, current: Tensors) -> float:
     size = sum(before.abs().sum(dtype=torch.float64) for before, _ in pairs)
     change, scale = torch.stack([torch.as_tensor(difference), torch.as_tensor(size)]).tolist()
     return float(change / scale) if scale > 0 else math.inf if change > 0 else 0.0
+
+
+@outside_graphs
+def relative_errors(estimate: Tensors, true: Tensors) -> tuple[float, float]:
+    """|estimate - true| / |true| over all elements of all tensors [B, ...], and that of the worst
+    sample; a host sync. Tensors that differ in B hold a sample each; where one has values that are
+    no numbers, 0.
+    """
+    sums = []  # [2, B] each
+    for guess, found in zip(estimate, true, strict=True):
+        if guess is not None and found is not None:
+            pair = torch.stack([guess.double() - found, found.double()]).square()
+            sums.append(pair.reshape(2, len(found) if found.dim() else 1, -1).sum(2))
+    if not sums:
+        return 0.0, 0.0
+    if len({pair.shape for pair in sums}) == 1:
+        samples = torch.stack(sums).sum(0)
+    else:
+        samples = torch.stack([pair.sum(1) for pair in sums], 1)
+    missed, size = torch.cat([samples.sum(1, keepdim=True), samples], 1)
+    ratios = (missed / size.clamp_min(1e-300)).sqrt()
+    whole, *each = ratios.nan_to_num(nan=0.0, posinf=math.inf).tolist()
+    return whole, max(each, default=0.0)

@@ -1,0 +1,41 @@
+"""Ranks that run one transformer together: what each of them decides, all must decide alike, or a
+collective of its layers waits for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+
+def agreed(value: float, transformer: nn.Module | None) -> float:
+    """The largest of the values that the ranks found which share this transformer's weights (FSDP2
+    of its blocks, tensor parallel) or its sequence (context parallel); the value itself where none
+    do.
+
+    Ranks that each run a whole copy on data of their own need not agree.
+    """
+    if transformer is None or not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    for mesh, place in _shared_along(transformer):
+        largest = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=mesh.get_group(place))
+        value = float(largest)
+    return value
+
+
+def _shared_along(transformer: nn.Module) -> list[tuple[Any, int]]:
+    """Device meshes and their dimensions along which weights or sequence are split, not copied."""
+    found: list[tuple[Any, int]] = []
+    for parameter in transformer.parameters():
+        mesh, placements = (getattr(parameter, n, ()) for n in ("device_mesh", "placements"))
+        for place, how in enumerate(placements):  # of a DTensor
+            if not how.is_replicate() and (mesh, place) not in found:
+                found.append((mesh, place))
+    parallel = getattr(transformer, "_parallel_config", None)  # of diffusers
+    sequence = getattr(getattr(parallel, "context_parallel_config", None), "_mesh", None)
+    if sequence is not None:
+        found += [(sequence, place) for place in range(sequence.ndim)]
+    return found
