@@ -78,7 +78,7 @@ class PlannedEstimator(Estimator, Protocol):
     """An estimator that prepares itself for a run whose steps and refreshes are known ahead."""
 
     def for_run(self, times: Sequence[float], plan: Sequence[bool]) -> Estimator:
-        """What estimates in its place in a run.
+        """What prepares in its place in a run; all else stays its own.
 
         Args:
             times: normalised, one a step.

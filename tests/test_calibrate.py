@@ -290,32 +290,6 @@ def test_noise_that_differs_between_the_halves_of_a_doubled_batch(pipe):
         pipe.scheduler = own
 
 
-def test_generators_of_the_calls(pipe):
-    """They are left as they were, each run of a call begins with the same noise, and calls that
-    share one differ.
-    """
-    shared, own = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
-    torch.randn(3, generator=shared)
-    states = [shared.get_state(), own.get_state()]
-    calls = [{**call_of(6, 1), "generator": one} for one in (shared, own, shared)]
-    sampler = Sampler(pipe, calls, 0, Checkpoint(None, ""))
-    with sampler.generators_kept():
-        first, second, third = (sampler._sampled(index) for index in range(3))
-        assert torch.equal(sampler._sampled(0), first)
-        assert torch.equal(sampler._sampled(2), third)
-    for one, other in ((first, second), (first, third), (second, third)):
-        assert not torch.allclose(one, other, atol=0.1)
-    assert torch.equal(shared.get_state(), states[0])
-    shared.set_state(states[0])
-    with listening(pipe) as heard:
-        pipe(**calls[0])
-    assert torch.equal(first, heard.sample)
-    shared.set_state(states[0])
-    calibrate(pipe, calls, speedups=np.array([1.5]), probes=1)
-    assert torch.equal(shared.get_state(), states[0])
-    assert torch.equal(own.get_state(), states[1])
-
-
 def test_usual_misses(pipe, recipe):
     """What estimates on the held-out calls missed, over what the statistics tell: both are of a
     size, and a batch's worst sample misses more than the whole.

@@ -102,12 +102,12 @@ def test_estimate_is_the_formula(fit):
         assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_a_bucket_without_a_matrix_is_served_by_its_neighbours(fit):
-    """The own bucket first, however far the distance; else the nearest one, up to 0.04 away; runs
-    of another number of steps fall between the times of those that were fitted.
+def test_buckets_near_by_serve_as_well(fit):
+    """Runs of another number of steps fall between the times of those that were fitted: what is
+    nearest in distance and time serves, up to 0.04 away in time.
     """
     one = dataclasses.replace(fit.cells[0], distance=0.06, spacing=0.0)
-    places = {10: 0.06, 11: 0.05, 14: 0.06}  # bucket of fifty to distance
+    places = {10: 0.06, 11: 0.056, 14: 0.06}  # bucket of fifty to distance
     cells = tuple(dataclasses.replace(one, bucket=b, distance=near) for b, near in places.items())
     many = dataclasses.replace(fit, cells=cells, matrices=fit.matrices[:3], time_buckets=50)
 

@@ -19,7 +19,7 @@ from pipelines import transformer_of
 from recipes import recipe_for
 from skipcache import ProbeSchedule, apply_skip_cache, cache_stats, skip_cache_run
 from skipcache.recipes.recipe import Recipe
-from skipcache.runtime.ranks import agreed
+from skipcache.runtime.ranks import agreed, shared_along
 
 fully_shard: Any
 try:
@@ -35,9 +35,9 @@ MOVES = (0.02, 0.5)  # by how much the inputs of each rank move from step to ste
 
 
 def test_alone():
-    """Without other processes, and without a transformer, a value is what it is."""
-    assert agreed(0.25, nn.Linear(2, 2)) == 0.25
-    assert agreed(0.25, None) == 0.25
+    """Without other processes, and without a transformer, values are what they are."""
+    assert shared_along(nn.Linear(2, 2)) == shared_along(None) == []
+    assert agreed([0.25, 2.0], []) == [0.25, 2.0]
 
 
 @torch.no_grad()
@@ -95,13 +95,14 @@ def work(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     values = (0.25, 0.5) if rank else (0.75, -1.0)
     layer = fully_shard(nn.Linear(4, 4))
-    found["agreed"] = [agreed(value, layer) for value in values]
+    found["agreed"] = [agreed([value], shared_along(layer))[0] for value in values]
     copies = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
     layer = fully_shard(nn.Linear(4, 4), mesh=copies)
-    found["copies"] = [agreed(value, layer) for value in values]
+    found["copies"] = [agreed([value], shared_along(layer))[0] for value in values]
     if rank == 1:  # alone: a collective would wait for the other rank
-        found["unsharded"] = [agreed(value, nn.Linear(4, 4)) for value in values]
-        found["none"] = agreed(0.5, None)
+        plain = nn.Linear(4, 4)
+        found["unsharded"] = [agreed([value], shared_along(plain))[0] for value in values]
+        found["none"] = shared_along(None)
     _, plain = run_of(rank, transformer_of("dit"))
     for name in ("probe", "recipe"):
         options = options_of(name)
@@ -145,7 +146,7 @@ def test_a_rank_with_weights_of_its_own(found):
     other one never answered.
     """
     assert found[1]["unsharded"] == [0.25, 0.5]
-    assert found[1]["none"] == 0.5
+    assert found[1]["none"] == []
 
 
 def test_ranks_with_a_copy_each(found):

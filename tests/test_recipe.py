@@ -116,6 +116,16 @@ def test_measured_points_are_run():
     assert np.flatnonzero(found.at(1.9).schedule.plan(times)).tolist() == [0, 2, 3, 6]
 
 
+def test_plans_that_cannot_be():
+    """Step 0 refreshes, and the first step of another transformer; none is past the last."""
+    found = recipe_for()
+    two = replace(found, statistics=replace(found.statistics, switches=(0.45,)))
+    assert two.with_plan((0, 2, 5)).plans == {3: (0, 2, 5)}
+    for recipe, steps in ((found, (1, 3)), (found, (0, 8)), (found, (-1, 0)), (two, (0, 4, 6))):
+        with pytest.raises(ConfigError, match="must be among them"):
+            recipe.with_plan(steps)
+
+
 # Applied
 
 

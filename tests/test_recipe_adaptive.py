@@ -39,6 +39,7 @@ from skipcache.schedules import AdaptiveSchedule, Miss
 QUICK = settings(deadline=None, max_examples=100, derandomize=True)
 NAN = float("nan")
 STEPS = 20
+FEWER = STEPS - 3
 BATCH, SAMPLE = 0, 1  # rows of ``misses``
 
 
@@ -171,22 +172,25 @@ def test_a_miss_that_is_no_number_adds_nothing(adaptive):
 
 
 def test_another_number_of_steps():
-    """A run of more steps is compared with the statistics at its own times."""
+    """A run of fewer steps is compared with the statistics at its own times; one of more, between
+    whose outputs nothing was measured, is left alone.
+    """
     misses = np.ones((2, STEPS))
     misses[:, STEPS // 2 :] = 100.0
-    schedule, times = schedule_of("batch", misses), even(50)
+    schedule, times = schedule_of("batch", misses), even(FEWER)
     run = schedule.planned(times)
     refreshes = np.flatnonzero(run.plan).tolist()
     early, late = refreshes[1], refreshes[-1]
-    assert times[early] > 0.6
+    assert times[early] > 0.55
     assert times[late] < 0.4
     for step, usual in ((early, 1.0), (late, 100.0)):
         seen = tuple(i for i in range(step) if run.plan[i])[-HISTORY:]
         told = expected_error(STATISTICS.at(times), seen, step)
-        steps = range(step + 1, 50)
+        steps = range(step + 1, FEWER)
         for share, adds in ((0.99, False), (1e6, True)):
             miss = Miss(step, seen, share * SURPRISING * usual * told, 0.0)
             assert any(schedule.adds_refresh(times, i, miss) for i in steps) == adds
+            assert not any(schedule.adds_refresh(even(50), i, miss) for i in range(step + 1, 50))
 
 
 # What is missed
@@ -543,7 +547,7 @@ def recipe_that_expects(times: float) -> Recipe:
 
 
 @pytest.mark.parametrize("adaptive", ["batch", "sample"])
-@pytest.mark.parametrize("steps", [8, 14])
+@pytest.mark.parametrize("steps", [7, 8])
 def test_a_recipe_that_expects_too_little(steps, adaptive):
     """In a pipeline, refreshes are added to those planned, and a second run does the same."""
     recipe = recipe_that_expects(1e-6)

@@ -252,15 +252,26 @@ def test_other_refreshes_than_planned_are_weighed_anew():
             assert least < missed_by(found.numpy() - nudge, steps, step)
 
 
-def test_runs_of_unknown_length_take_the_line():
-    """Asked without a run, the estimator takes the line through the last two outputs."""
-    refreshes = refreshes_at((0, 3, 5), STATISTICS.times)
-    found = RecipeEstimator(STATISTICS).prepare(refreshes, 6, NAN)
-    assert torch.equal(found[0][0], Taylor(1).prepare(refreshes[-2:], 6, NAN)[0][0])
+def test_runs_of_unknown_length_take_what_was_calibrated():
+    """Asked without a run, the estimator takes the calibrated one's weights at its steps and times,
+    and at others the line through the last two outputs.
+    """
+    times, plan = STATISTICS.times, schedule_of(2.0).plan(STATISTICS.times)
+    estimator = RecipeEstimator(STATISTICS, plan)
+    for step, reuse in reuse_weights(STATISTICS, plan).items():
+        refreshes = refreshes_at(reuse.refresh_steps, times)
+        found = estimator.prepare(refreshes, step, times[step])
+        planned = estimator.for_run(times, plan).prepare(refreshes, step, times[step])
+        assert torch.equal(found[0][0], planned[0][0])
+        for time in (times[step] - 0.01, NAN):
+            found = estimator.prepare(refreshes, step, time)
+            line = Taylor(1).prepare(refreshes[-2:], step, time)
+            assert torch.equal(found[0][0], line[0][0])
 
 
 def recipe_config(schedule: RecipeSchedule) -> SkipCacheConfig:
-    estimator = RecipeEstimator(schedule.statistics)
+    plan = schedule.planned(schedule.statistics.times).plan
+    estimator = RecipeEstimator(schedule.statistics, plan)
     assert isinstance(estimator, PlannedEstimator)
     assert isinstance(schedule, Schedule)
     assert isinstance(estimator, Estimator)
@@ -301,6 +312,30 @@ def test_a_transformer_returns_the_planned_sums():
             reuse = planned[step]
             pairs = zip(reuse.weights, reuse.refresh_steps, strict=True)
             torch.testing.assert_close(output, sum(w * plain[i] for w, i in pairs))
+
+
+@torch.no_grad()
+def test_a_run_of_unknown_length_is_as_good_as_a_planned_one():
+    """At the steps that were calibrated, a loop that does not say what comes gives the same."""
+    times = STATISTICS.times
+    model, found = transformer_of("dit"), []
+    draw = torch.Generator().manual_seed(1)
+    latents = [torch.randn(1, 4, 8, 8, generator=draw) for _ in times]
+    with skip_cache(model, config=recipe_config(schedule_of(2.0))):
+        for timesteps in (None, [1000 * time for time in times]):
+            with skip_cache_run(model, timesteps=timesteps):
+                found.append(
+                    [
+                        model(
+                            hidden_states=one,
+                            timestep=torch.tensor([1000 * time]),
+                            class_labels=torch.tensor([1]),
+                        ).sample
+                        for one, time in zip(latents, times, strict=True)
+                    ]
+                )
+            assert cache_stats(model).reused == 10
+    torch.testing.assert_close(*found)
 
 
 def test_a_pipeline_runs_the_plan():

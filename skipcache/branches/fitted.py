@@ -31,7 +31,8 @@ from skipcache.estimators import Refresh, Residual, Tensors, extrapolation_weigh
 
 HISTORY = 2
 FARTHEST = 1.5  # a distance is served by one that is at most so many times nearer or farther
-OTHER_TIME = 0.04  # a bucket without a matrix is served by one that is at most so far away
+OTHER_TIME = 0.04  # a time is served by a bucket that is at most so far away
+AWAY = 5.0  # times how far away it is, beside the logarithm of a distance
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,21 @@ class FittedBranches:
         return first + moved.transpose(0, 1).reshape(first.shape), *base[1:]
 
     def cell_at(self, distance: float, spacing: float, time: float) -> int | None:
-        """Index of the cell that serves this distance, spacing of refreshes and time, if any: of
-        its own bucket, else of the nearest one that has any.
+        """Index of the cell that serves this distance, spacing of refreshes and time, if any: the
+        nearest in all three.
         """
         if not (distance > 0 and spacing >= 0 and math.isfinite(time)):
             return None
         bucket = bucket_of(time, self.time_buckets)
         near = []
         for index, cell in enumerate(self.cells):
-            away = abs(cell.bucket - bucket)
-            is_near = away <= OTHER_TIME * self.time_buckets + 1e-9
-            if is_near and (cell.spacing > 0) == (spacing > 0):
+            away = abs(cell.bucket - bucket) / self.time_buckets
+            if away <= OTHER_TIME + 1e-9 and (cell.spacing > 0) == (spacing > 0):
                 gap = abs(math.log(cell.distance / distance))
                 other = abs(math.log(cell.spacing / spacing)) if spacing > 0 else 0.0
                 if gap <= math.log(FARTHEST):
-                    near.append((away, gap + other, index))
-        return min(near)[2] if near else None
+                    near.append((gap + other + AWAY * away, index))
+        return min(near)[1] if near else None
 
     def _on(self, cell: int, part: int, like: torch.Tensor) -> torch.Tensor:
         key = (cell, part, like.device)

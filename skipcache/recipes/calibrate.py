@@ -222,11 +222,11 @@ class Sampler:
         def measure() -> dict[str, Array]:
             picked: list[torch.Tensor] = []
             sizes: list[torch.Size] = []
-            by: list[frozenset[str]] = []  # the transformers that made each step
+            by: list[str] = []  # the transformer called last before each step
 
             def keep(output: torch.Tensor) -> torch.Tensor:
-                by.append(frozenset(asked))
-                asked.clear()
+                by.extend(called[-1:])
+                called.clear()
                 if not picked:
                     draw = torch.Generator().manual_seed(index)
                     chosen = torch.randperm(output.numel(), generator=draw)[:ELEMENTS]
@@ -240,7 +240,7 @@ class Sampler:
                     )
                 return output.detach().flatten()[picked[0]].float().cpu()
 
-            with _asked(self.pipe) as asked:
+            with _calls_of(self.pipe) as called:
                 heard = self.run(index, keep=keep)
             assert heard.sample is not None
             rows = torch.stack(heard.outputs).double()
@@ -287,11 +287,11 @@ class Sampler:
 
 
 @contextmanager
-def _asked(pipe: Any) -> Iterator[set[str]]:
-    """Names of the pipeline's transformers that were called, until taken out."""
-    called: set[str] = set()
+def _calls_of(pipe: Any) -> Iterator[list[str]]:
+    """Names of the pipeline's transformers, one a call."""
+    called: list[str] = []
     handles = [
-        transformer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        transformer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
         for name, transformer in transformers_of(pipe).items()
     ]
     try:
@@ -459,9 +459,9 @@ def refined_plan(
     best, seen = decibels_of(plan), {plan}
     for _ in range(refine):
         changed = [tried for tried in _changes(plan) if tried not in seen]
-        if not changed:
-            break
         predicted = plan_errors(recipe.statistics, changed)
+        if not np.isfinite(predicted).any():
+            break
         tried = changed[int(np.argmin(predicted))]
         seen.add(tried)
         reached = decibels_of(tried)

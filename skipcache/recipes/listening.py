@@ -121,7 +121,7 @@ def listening(
         output = bound.arguments["model_output"]
         if heard.before is None:
             heard.before = _plain_copy(scheduler, kind)
-            heard.is_doubled = _is_doubled(output)
+            heard.is_doubled = _is_doubled(output) and _is_doubled(bound.arguments["sample"])
         index = len(heard.calls)
         if keep is not None:
             heard.outputs.append(keep(output))

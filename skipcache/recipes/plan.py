@@ -20,7 +20,7 @@ from skipcache.estimators import (
     weighted_sums,
 )
 from skipcache.recipes.search import best_plans, fewest_refreshes
-from skipcache.recipes.statistics import OutputStatistics
+from skipcache.recipes.statistics import SAME_TIME, OutputStatistics
 from skipcache.recipes.weights import (
     HISTORY,
     ReuseWeights,
@@ -70,8 +70,9 @@ class RecipeSchedule:
         return self.adaptive is not None
 
     def plan(self, times: Sequence[float]) -> tuple[bool, ...]:
-        plan = self.planned(times).plan
-        if sum(plan) > self.refreshes(len(plan)):
+        run = self.planned(times)
+        plan = run.plan
+        if run.statistics is not None and sum(plan) > self.refreshes(len(plan)):
             reached = speedup_of(len(plan), sum(plan), self.reuse_cost)
             warnings.warn(
                 f"speedup={self.speedup:g} is out of reach at {len(plan)} steps; they can be "
@@ -84,7 +85,8 @@ class RecipeSchedule:
     def is_refresh(self, progress: Progress) -> bool:
         """For runs of unknown length: at the times of the plan that was calibrated."""
         planned = self.planned(self.statistics.times)
-        times = {planned.times[i] for i, refreshes in enumerate(planned.plan) if refreshes}
+        # A little earlier: a model is told its times in fp32.
+        times = {min(1.0, planned.times[i] + SAME_TIME) for i in steps_of(planned.plan)}
         return MaskSchedule.at_times(times).is_refresh(progress)
 
     def adds_refresh(self, times: Sequence[float], step: int, miss: Miss) -> bool:
@@ -92,12 +94,13 @@ class RecipeSchedule:
         refresh before it was missed by: what a stretch loses grows with its length squared.
         """
         run = self.planned(times)
-        if run.statistics is None:
+        # Interpolated statistics take outputs for more alike than they are.
+        if run.statistics is None or len(run.plan) > self.statistics.steps:
             return False
         missed, which = (miss.error, 0) if self.adaptive == "batch" else (miss.worst, 1)
         told = expected_error(run.statistics, miss.seen, miss.step)
         allowed = SURPRISING * float(run.statistics.misses[which, miss.step]) * told
-        if missed <= allowed:
+        if missed <= allowed or told == 0:
             return False
         following = (i for i in range(miss.step + 1, len(run.plan)) if run.plan[i])
         stretch = next(following, len(run.plan)) - miss.step
@@ -147,17 +150,50 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, eq=False)
-class RecipeEstimator:
-    """The weighted sum of the last outputs that loses least in the final sample. Keeps four outputs
-    a stream.
+class RunEstimator:
+    """That of one run: the weighted sum of the last outputs that loses least in the final sample.
+    Keeps four outputs a stream.
 
-    By itself, where the length of a run is not known, the line through the last two.
+    Where the refreshes are not those planned (a pass was away at one), what comes nearest to the
+    output by those that there are.
 
     Attributes:
-        statistics: of the model.
+        statistics: at the times of the run.
+        weights: of the reuse steps of its plan.
     """
 
     statistics: OutputStatistics
+    weights: Mapping[int, ReuseWeights]
+
+    history = HISTORY
+    needs_shallow = False
+
+    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
+        seen = tuple(refresh.step for refresh in refreshes)
+        planned = self.weights.get(step)
+        if planned is not None and planned.refresh_steps == seen:
+            weights = list(planned.weights)
+        else:
+            output = np.eye(self.statistics.steps)[step]
+            weights = nearest_weights(self.statistics, seen, output).tolist()
+        return (weighted_sums(weights, [refresh.deep for refresh in refreshes]),)
+
+    def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
+        return prepared[0]
+
+
+@dataclass(frozen=True, eq=False)
+class RecipeEstimator:
+    """Those of all runs. Where the length of a run is not known, at the steps and times that were
+    calibrated that of the calibrated run, at others the line through the last two outputs.
+
+    Attributes:
+        statistics: of the model.
+        plan: of the run that was calibrated; empty: not known.
+    """
+
+    statistics: OutputStatistics
+    plan: tuple[bool, ...] = ()
     _runs: dict[tuple[tuple[float, ...], tuple[bool, ...]], RunEstimator] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -165,7 +201,9 @@ class RecipeEstimator:
     history = HISTORY
     needs_shallow = False
 
-    def for_run(self, times: Sequence[float], plan: Sequence[bool]) -> RecipeEstimator:
+    def for_run(
+        self, times: Sequence[float], plan: Sequence[bool]
+    ) -> RecipeEstimator | RunEstimator:
         """The weights of a run with these times and this plan."""
         key = tuple(times), tuple(plan)
         if len(plan) < 3 or not all(map(math.isfinite, times)):
@@ -180,35 +218,17 @@ class RecipeEstimator:
         return found
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
+        times = self.statistics.times
+        if step < len(self.plan) and abs(times[step] - time) <= SAME_TIME:
+            run = self.for_run(times, self.plan)
+            if run is not self:
+                return run.prepare(refreshes, step, time)
         last = refreshes[-2:]
         weights = extrapolation_weights([refresh.step for refresh in last], step)
         return (weighted_sums(weights, [refresh.deep for refresh in last]),)
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         return prepared[0]
-
-
-@dataclass(frozen=True, eq=False)
-class RunEstimator(RecipeEstimator):
-    """That of one run. Where the refreshes are not those planned (a pass was away at one), what
-    comes nearest to the output by those that there are.
-
-    Attributes:
-        statistics: at the times of the run.
-        weights: of the reuse steps of its plan.
-    """
-
-    weights: Mapping[int, ReuseWeights] = field(default_factory=dict)
-
-    def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
-        seen = tuple(refresh.step for refresh in refreshes)
-        planned = self.weights.get(step)
-        if planned is not None and planned.refresh_steps == seen:
-            weights = list(planned.weights)
-        else:
-            output = np.eye(self.statistics.steps)[step]
-            weights = nearest_weights(self.statistics, seen, output).tolist()
-        return (weighted_sums(weights, [refresh.deep for refresh in refreshes]),)
 
 
 def refreshes_for(steps: int, speedup: float, reuse_cost: float) -> int:

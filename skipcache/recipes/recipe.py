@@ -116,7 +116,8 @@ class Recipe:
             adaptive: ``"batch"`` adds refreshes to a run whose estimates miss by more than those of
                 the calibration did, as those of other prompts, sizes or weights may, so it can be
                 slower; ``"sample"`` where those of one sample of the batch do. Looks at refreshes
-                only, and waits for the device there.
+                only, and waits for the device there. Adds none to runs of more steps than were
+                calibrated, or of unknown length.
 
         Raises:
             ConfigError: a speedup below 1 or that the model cannot reach, or another ``adaptive``.
@@ -128,7 +129,7 @@ class Recipe:
         schedule = RecipeSchedule(
             self.statistics, float(speedup), self.reuse_cost, {**known, **self.plans}, adaptive
         )
-        estimator = RecipeEstimator(self.statistics)
+        estimator = RecipeEstimator(self.statistics, schedule.planned(self.statistics.times).plan)
         return SkipCacheConfig(
             front_layers=0, back_layers=0, schedule=schedule, estimator=estimator
         )
@@ -163,13 +164,16 @@ class Recipe:
         """The same, with another schedule for so many refreshes at the steps calibrated.
 
         Raises:
-            ConfigError: the first step is not among them, or one is past the last.
+            ConfigError: the first step is not among them, or the first one of another transformer,
+                or one is past the last.
         """
         steps = tuple(sorted(set(refresh_steps)))
-        if steps[:1] != (0,) or steps[-1] >= self.steps:
+        begins = sorted({begin for begin, _ in self.statistics.stages})
+        if not set(begins) <= set(steps) or steps[0] < 0 or steps[-1] >= self.steps:
             raise ConfigError(
-                f"refresh steps {tuple(refresh_steps)} are none of {self.steps} steps: step 0 "
-                "refreshes, and the last one is below that number."
+                f"refresh steps {tuple(refresh_steps)} are none of {self.steps} steps: "
+                f"{' and '.join(map(str, begins))} must be among them, and the last one is below "
+                "that number."
             )
         return replace(self, plans={**self.plans, len(steps): steps})
 

@@ -101,6 +101,7 @@ class SchedulerRun(Run):
         if self.begin != self.tap.begin:
             self.begin = self.tap.begin
             self.times, self.plan = self.tap.times[self.begin :], None
+            self.misses.clear()
         self.advance(self.tap.ticks)
 
     def tick(self) -> None:

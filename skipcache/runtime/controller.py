@@ -22,7 +22,7 @@ from skipcache.runtime.compiled import outside_graphs
 from skipcache.runtime.conductor import Conductor, conductor_of
 from skipcache.runtime.inputs import CallReader
 from skipcache.runtime.layout import BoundBackbone
-from skipcache.runtime.ranks import agreed
+from skipcache.runtime.ranks import agreed, shared_along
 from skipcache.runtime.stats import CacheStats, stats_of
 from skipcache.runtime.store import Run, Stream, relative_change, relative_errors
 from skipcache.runtime.taps import ContextTap
@@ -196,7 +196,7 @@ class Controller(Conductor):
             slot.prepared = self._prepared(run, stream)
 
     def _plan(self, run: Run, plan: tuple[bool, ...] | None) -> None:
-        run.plan = plan
+        run.plan, run.estimator = plan, None
         run.last_reuse = _last_reuse(run)
         if plan is not None and isinstance(self.estimator, PlannedEstimator):
             run.estimator = self.estimator.for_run(run.times, plan)
@@ -220,10 +220,14 @@ class Controller(Conductor):
         """By how much an estimate would have missed what this refresh computed."""
         estimate = self.estimator.estimate(self._prepared(run, stream), self.slot.shallow)
         seen = tuple(refresh.step for refresh in stream.refreshes)
-        error, worst = relative_errors(estimate, deep)
-        return Miss(
-            run.step, seen, agreed(error, self.transformer), agreed(worst, self.transformer)
-        )
+        error, worst = self._agreed(run, relative_errors(estimate, deep))
+        return Miss(run.step, seen, error, worst)
+
+    def _agreed(self, run: Run, values: Sequence[float]) -> list[float]:
+        """What all ranks that share the transformer go by."""
+        if run.shared is None:
+            run.shared = shared_along(self.transformer)
+        return agreed(values, run.shared)
 
     def _progress(self, run: Run, stream: Stream, step: int) -> Progress:
         since = step - stream.last_refresh_step if stream.refreshes else None
@@ -240,7 +244,7 @@ class Controller(Conductor):
                 for a, b in zip(stream.previous, flow, strict=True)
             ]
             change = relative_change(stream.previous, flow) if all(same) else float("inf")
-            stream.change += agreed(change, self.transformer)
+            stream.change += self._agreed(run, [change])[0]
         stream.previous = copy_of(flow)
         if not stream.refreshes or (run.is_planned and run.step >= len(run.times)):
             return

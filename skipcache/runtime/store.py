@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ class Run:
         self.is_broken = False  # a call of this step raised: whose turn it is cannot be told
         self.peak_bytes = 0
         self.misses: list[Miss] = []  # at its refreshes, where measured
+        self.shared: list[tuple[Any, int]] | None = None  # meshes of ranks that decide together
 
     @property
     def time(self) -> float:
@@ -147,7 +149,7 @@ def relative_errors(estimate: Tensors, true: Tensors) -> tuple[float, float]:
     """
     sums = []  # [2, B] each
     for guess, found in zip(estimate, true, strict=True):
-        if guess is not None and found is not None:
+        if guess is not None and found is not None and found.numel():
             pair = torch.stack([guess.double() - found, found.double()]).square()
             sums.append(pair.reshape(2, len(found) if found.dim() else 1, -1).sum(2))
     if not sums:
