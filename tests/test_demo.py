@@ -91,7 +91,7 @@ def test_demo_measures_every_method(pipeline):
     """Each setting is run, counted and pictured, and the pipeline is left uncached."""
     plain = set(vars(pipeline.transformer.transformer_blocks))
     ticks = []
-    result = run_demo(steps=4, repeats=1, pipeline=pipeline, progress=lambda: ticks.append(1))
+    result = run_demo(steps=6, repeats=1, pipeline=pipeline, progress=lambda: ticks.append(1))
     assert set(result.images) == set(result.seconds) == {UNCACHED, *SETTINGS}
     assert len(ticks) == 2 * number_of_methods()
     assert all(images.shape == (10, 1, 32, 32) for images in result.images.values())
@@ -105,7 +105,7 @@ def test_demo_measures_every_method(pipeline):
 def test_demo_command_prints_a_table_and_writes_a_picture(tmp_path, capsys):
     """The command ends with the table on stdout and a PNG of the size that its rows need."""
     out = tmp_path / "new" / "demo.png"
-    assert main(["demo", "--steps", "3", "--repeats", "1", "--out", str(out)]) == 0
+    assert main(["demo", "--steps", "6", "--repeats", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     for name in (UNCACHED, *SETTINGS):
         assert f"| {name}" in printed

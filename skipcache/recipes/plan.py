@@ -31,6 +31,7 @@ from skipcache.recipes.weights import (
 from skipcache.schedules import MaskSchedule, Miss, Progress
 
 SURPRISING = 1.3  # times the usual miss, above which refreshes are added
+NEARLY = 0.95  # of a speedup: steps are whole
 KEPT_RUNS = 32  # whose plans and weights are kept; they are found anew in milliseconds
 
 
@@ -72,8 +73,8 @@ class RecipeSchedule:
     def plan(self, times: Sequence[float]) -> tuple[bool, ...]:
         run = self.planned(times)
         plan = run.plan
-        if run.statistics is not None and sum(plan) > self.refreshes(len(plan)):
-            reached = speedup_of(len(plan), sum(plan), self.reuse_cost)
+        reached = speedup_of(len(plan), sum(plan), self.reuse_cost) if plan else 1.0
+        if run.statistics is not None and reached < NEARLY * self.speedup:
             warnings.warn(
                 f"speedup={self.speedup:g} is out of reach at {len(plan)} steps; they can be "
                 f"{reached:.2f} times faster.",
