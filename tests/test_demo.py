@@ -96,7 +96,7 @@ def test_demo_measures_every_method(pipeline):
     assert len(ticks) == 2 * number_of_methods()
     assert all(images.shape == (10, 1, 32, 32) for images in result.images.values())
     assert result.stats[UNCACHED] is None
-    assert result.stats["interval 3"].plan == "FrrF"
+    assert result.stats["interval 3"].plan == "FrrFrr"
     assert len(result.table().splitlines()) == 2 + number_of_methods()
     assert set(vars(pipeline.transformer.transformer_blocks)) == plain
     assert not is_skip_cached(pipeline)
@@ -406,13 +406,13 @@ def test_demo_shows_every_task(task, demo_of_random, monkeypatch, tmp_path, caps
 def test_demo_compares_each_model_with_its_own_uncached_clips(demo_of_random, monkeypatch):
     """Class-to-video measures two models, both by the preset of the paper's code."""
     shorten("class-to-video", 1, monkeypatch)
-    result = run_demo(task="class-to-video", steps=5, repeats=1)
+    result = run_demo(task="class-to-video", steps=6, repeats=1)
     plain, skip = result.images["plain, uncached"], result.images["Skip-DiT, uncached"]
     assert plain.shape == skip.shape == (1, 8, 32, 32)
     assert not torch.equal(plain, skip)
     for name in ("Skip-DiT, interval 3, hold", "plain, interval 3, hold"):
         assert result.stats[name].preset == "skip-dit/latte-c2v"
-        assert result.stats[name].plan == "FrrFr"
+        assert result.stats[name].plan == "FrrFrr"
     assert result.stats["plain, interval 3"].preset is None
     rows = {line.split("|")[1].strip(): line.split("|")[5] for line in result.table().splitlines()}
     for name, method in TASKS["class-to-video"].methods.items():
