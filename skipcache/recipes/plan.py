@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from skipcache.schedules import MaskSchedule, Miss, Progress
 SURPRISING = 1.3  # times the usual miss, above which refreshes are added
 NEARLY = 0.95  # of a speedup: steps are whole
 KEPT_RUNS = 32  # whose plans and weights are kept; they are found anew in milliseconds
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +114,7 @@ class RecipeSchedule:
     def planned(self, times: Sequence[float]) -> PlannedRun:
         """The plan of a run with these times."""
         key = tuple(times)
-        found = self._runs.get(key)
-        if found is None:
-            if len(self._runs) >= KEPT_RUNS:
-                self._runs.clear()
-            found = self._runs[key] = self._planned(key)
-        return found
+        return _kept(self._runs, key, lambda: self._planned(key))
 
     def refreshes(self, steps: int) -> int:
         """How many of so many steps refresh."""
@@ -206,17 +205,14 @@ class RecipeEstimator:
         self, times: Sequence[float], plan: Sequence[bool]
     ) -> RecipeEstimator | RunEstimator:
         """The weights of a run with these times and this plan."""
-        key = tuple(times), tuple(plan)
         if len(plan) < 3 or not all(map(math.isfinite, times)):
             return self
-        found = self._runs.get(key)
-        if found is None:
-            if len(self._runs) >= KEPT_RUNS:
-                self._runs.clear()
+
+        def made() -> RunEstimator:
             statistics = self.statistics.at(times)
-            found = RunEstimator(statistics, reuse_weights(statistics, plan))
-            self._runs[key] = found
-        return found
+            return RunEstimator(statistics, reuse_weights(statistics, plan))
+
+        return _kept(self._runs, (tuple(times), tuple(plan)), made)
 
     def prepare(self, refreshes: Sequence[Refresh], step: int, time: float) -> tuple[Tensors, ...]:
         times = self.statistics.times
@@ -230,6 +226,16 @@ class RecipeEstimator:
 
     def estimate(self, prepared: tuple[Tensors, ...], shallow: Tensors | None) -> Tensors:
         return prepared[0]
+
+
+def _kept(runs: dict[Key, Found], key: Key, make: Callable[[], Found]) -> Found:
+    """What was made for the key, now or before; no more than ``KEPT_RUNS`` are kept."""
+    found = runs.get(key)
+    if found is None:
+        if len(runs) >= KEPT_RUNS:
+            runs.clear()
+        found = runs[key] = make()
+    return found
 
 
 def refreshes_for(steps: int, speedup: float, reuse_cost: float) -> int:
