@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines import build
 from skipcache.cli import main
+from skipcache.demo.captions import PICTURE_ANSWERS, PLACES, spread_clips, spread_pictures
 from skipcache.demo.judge import judge_of
 from skipcache.errors import ConfigError
 from skipcache.evaluation.bench import quality
@@ -143,14 +144,52 @@ def test_reference_features_are_those_of_the_pictures(tmp_path):
         reference_features(tmp_path, lambda pictures: pictures)
 
 
-def test_judge_of_the_demo_knows_its_pictures():
-    """The classifier that comes with the demo gives 64 features and one answer a picture."""
-    judge = judge_of("class-to-image")
-    pictures = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("task", "size", "questions"),
+    [
+        ("class-to-image", (1, 32, 32), 1),
+        ("text-to-image", (1, 32, 32), 5),
+        ("class-to-video", (8, 1, 32, 32), 2),
+        ("text-to-video", (8, 1, 32, 32), 2),
+    ],
+)
+def test_judge_of_the_demo_knows_its_pictures(task, size, questions):
+    """The classifier that comes with the demo gives 64 features and an answer to each question."""
+    judge = judge_of(task)
+    pictures = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     assert judge.features(pictures).shape == (3, 64)
-    assert judge.answers(pictures).shape == (3, 1)
+    assert judge.answers(pictures).shape == (3, questions)
     assert judge.count == 10000
-    assert judge_of("text-to-image") is None
+
+
+@pytest.mark.parametrize("task", ["text-to-image", "text-to-video"])
+def test_text_models_show_what_the_judge_reads(task):
+    """Different captions are asked for, and what is sampled shows all that most of them say."""
+    pytest.importorskip("transformers", reason="text encoders need transformers (extra: text)")
+    asked = load_subject(task, steps=10, batch_size=8)
+    assert len(set(asked.asked[:8])) == 8
+    assert asked.captions == asked.asked
+    pictures = asked.pipeline(**asked.call_of(range(8), 0), output_type="pt", return_dict=False)[0]
+    right = asked.is_right(torch.as_tensor(pictures).float(), range(8))
+    assert right.sum() >= 3  # by chance it would be one of 80 or more
+    wrong = asked.is_right(torch.as_tensor(pictures).float(), range(1, 9))
+    assert wrong.sum() < right.sum()
+
+
+def test_captions_are_spread_like_the_training_pictures():
+    """All classes and shades alike, half of the items large, these in the middle."""
+    found = torch.tensor(spread_pictures(400))
+    for part, answers in zip(found.T, PICTURE_ANSWERS, strict=True):
+        counts = part.bincount(minlength=len(answers))
+        if len(answers) == len(PLACES):
+            assert counts.tolist() == [240, 40, 40, 40, 40]
+        else:
+            assert (counts == 400 // len(answers)).all()
+    assert (found[found[:, 1] == 1, 2] == 0).all()
+    assert len(set(spread_clips(80))) == 80
+    few = torch.tensor(spread_clips(40))
+    assert len(few[:, 0].unique()) == 10
+    assert len(few[:, 1].unique()) == 8
 
 
 # Cells.

@@ -21,7 +21,7 @@ from torch import nn
 
 from skipcache import cache_stats, is_skip_cached, skip_cache
 from skipcache.cli import main
-from skipcache.demo import CLASS_NAMES, MODEL_FOLDER, MOTIONS, TASKS, load_pipeline, run_demo
+from skipcache.demo import CLASS_NAMES, MODEL_FOLDER, MOTIONS, TASKS, judge, load_pipeline, run_demo
 from skipcache.demo import model as demo_models
 from skipcache.demo.model import MODELS, SKIP_MODEL
 from skipcache.demo.show import CELL, LINE, MARGIN, TITLE, number_of_methods
@@ -368,7 +368,6 @@ def test_captions_of_the_demo_are_captions_of_the_training():
         pytest.skip("the recipes are not here")
     with recipe("fashion_video"):
         motions = importlib.import_module("motions")
-        assert motions.MOTIONS == MOTIONS
         known = set(motions.all_captions())
     assert {prompt.lower() for prompt in TASKS["text-to-video"].call["prompt"]} <= known
     with recipe("fashion_text"):
@@ -482,6 +481,26 @@ def test_evaluations_judge_every_method(
         assert (row[3] == "-") == ("uncached" in row[0])
         assert float(row[1].rstrip("x")) > 0
     assert float(rows[0][-1]) == pytest.approx(0, abs=0.01)  # test pictures beside themselves
+
+
+def test_judges_are_trained_by_their_recipe(monkeypatch, tmp_path):
+    """It writes every judge that comes with skipcache, with the sums of held-out features."""
+    pytest.importorskip("torchmetrics", reason="the judge needs torchmetrics (extra: train)")
+    for split in ("train", "t10k"):
+        write_items(tmp_path, split, 128)
+    small = ["--pictures", "128", "--clips", "64", "--real", "64", "--epochs", "1"]
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path), *small]
+    monkeypatch.setattr(sys, "argv", ["train_judges.py", *arguments])
+    with recipe("fashion_video"):
+        importlib.import_module("train_judges").main()
+    for name in judge.JUDGES.values():
+        sizes = [
+            {key: tensor.shape for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+            for folder in (judge.FOLDER, tmp_path)
+        ]
+        assert sizes[0] == sizes[1]
+    monkeypatch.setattr(judge, "FOLDER", tmp_path)
+    assert {judge.judge_of(task).count for task in TASKS} == {64}
 
 
 @pytest.mark.parametrize("kind", NEW_MODELS)

@@ -1,10 +1,7 @@
-"""What a caption can say of a drawn item, how it says it, and how it is drawn.
-
-Every picture has a class, a size (a small item also has a place), a brightness and an orientation.
-A caption names the class and any of the others; what it leaves unsaid may be either.
-"""
+"""Every caption of a drawn item, and how items are drawn as a caption says."""
 
 from itertools import product
+from pathlib import Path
 
 import neighbours  # noqa: F401
 import torch
@@ -12,31 +9,14 @@ import torch
 # isort: split
 from render import place_items
 
-from data import CLASS_NAMES
+import data
+from skipcache.demo.captions import PLACES, UNSAID, picture_caption
 
-SIZES = ("small", "large")
-PLACES = ("in the middle", "on the left", "on the right", "at the top", "at the bottom")
-BRIGHTNESSES = ("dark", "bright")
-ORIENTATIONS = ("upright", "upside-down")
 ATTRIBUTES = ("label", "size", "place", "brightness", "orientation")
-UNSAID = -1
 
 _SCALE = torch.tensor([0.5, 0.95])
 _SHIFT = torch.tensor([[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
 _PEAK = torch.tensor([0.4, 1.0])
-
-
-def compose(label: int, size: int, place: int, brightness: int, orientation: int) -> str:
-    """One caption, such as ``a small dark bag on the left``; ``UNSAID`` leaves a part out."""
-    words = [
-        names[index]
-        for names, index in ((SIZES, size), (BRIGHTNESSES, brightness), (ORIENTATIONS, orientation))
-        if index != UNSAID
-    ]
-    words.append(CLASS_NAMES[label].lower())
-    article = "an" if words[0][0] in "aeiou" else "a"
-    ending = f" {PLACES[place]}" if place != UNSAID else ""
-    return f"{article} {' '.join(words)}{ending}"
 
 
 def all_captions() -> tuple[list[str], dict[tuple[int, ...], int]]:
@@ -44,10 +24,10 @@ def all_captions() -> tuple[list[str], dict[tuple[int, ...], int]]:
     captions, index = [""], {}
     sized = [(UNSAID, UNSAID), (1, UNSAID)] + [(0, place) for place in range(-1, len(PLACES))]
     for label, (size, place), brightness, orientation in product(
-        range(len(CLASS_NAMES)), sized, range(-1, 2), range(-1, 2)
+        range(len(data.CLASS_NAMES)), sized, range(-1, 2), range(-1, 2)
     ):
         index[label, size, place, brightness, orientation] = len(captions)
-        captions.append(compose(label, size, place, brightness, orientation))
+        captions.append(picture_caption(label, size, place, brightness, orientation))
     return captions, index
 
 
@@ -58,6 +38,18 @@ def draw(items: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
     items = items / items.amax((1, 2, 3), keepdim=True).clamp_min(0.2)
     drawn = place_items(items, _SCALE[size], _SHIFT[place], upside_down=orientation == 1)
     return drawn * _PEAK[brightness][:, None, None, None]
+
+
+def draw_pictures(
+    split: str, folder: Path, count: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures [N, 1, 32, 32] in 0..1 and their attributes, int64 [N, 5]."""
+    items, labels = data.load(split, folder)
+    generator = torch.Generator().manual_seed(seed)
+    pick = torch.randperm(len(items), generator=generator)[:count]
+    attributes = draw_attributes(labels[pick], generator)
+    parts = zip(items[pick].split(1000), attributes.split(1000), strict=True)
+    return torch.cat([draw(item, part) for item, part in parts]), attributes
 
 
 def draw_attributes(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,24 +15,14 @@ import neighbours  # noqa: F401
 import torch
 
 # isort: split
-from captions import (
-    ATTRIBUTES,
-    BRIGHTNESSES,
-    ORIENTATIONS,
-    PLACES,
-    SIZES,
-    compose,
-    draw,
-    draw_attributes,
-    leave_unsaid,
-)
+from captions import ATTRIBUTES, draw_attributes, draw_pictures, leave_unsaid
 
 import data
 from compare import Method, sample_in_turns, table
 from judge import train_classifier
 from skipcache.demo import TASKS, load_pipeline
+from skipcache.demo.captions import PICTURE_ANSWERS, picture_caption
 
-ANSWERS = tuple(map(len, (data.CLASS_NAMES, SIZES, PLACES, BRIGHTNESSES, ORIENTATIONS)))
 METHODS = {
     "uncached": None,
     "interval 2 (default)": {},
@@ -43,18 +33,6 @@ METHODS = {
 }
 
 
-def draw_pictures(
-    split: str, folder: Path, count: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [N, 1, 32, 32] in 0..1 and their attributes, int64 [N, 5]."""
-    items, labels = data.load(split, folder)
-    generator = torch.Generator().manual_seed(seed)
-    pick = torch.randperm(len(items), generator=generator)[:count]
-    attributes = draw_attributes(labels[pick], generator)
-    parts = zip(items[pick].split(1000), attributes.split(1000), strict=True)
-    return torch.cat([draw(item, part) for item, part in parts]), attributes
-
-
 def plan_calls(
     count: int, batch_size: int, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
@@ -63,7 +41,10 @@ def plan_calls(
     classes = torch.arange(count) % len(data.CLASS_NAMES)
     said = leave_unsaid(draw_attributes(classes, generator), 0.0, generator)
     calls = [
-        {"prompt": [compose(*parts) for parts in batch.tolist()], "use_resolution_binning": False}
+        {
+            "prompt": [picture_caption(*parts) for parts in batch.tolist()],
+            "use_resolution_binning": False,
+        }
         | options
         for batch in said.split(batch_size)
     ]
@@ -91,7 +72,7 @@ def main() -> None:
 
     train, train_labels = draw_pictures("train", args.data, args.pictures)
     test, test_labels = draw_pictures("t10k", args.data, args.real)
-    model = train_classifier(train, train_labels, ANSWERS, args.epochs)
+    model = train_classifier(train, train_labels, [*map(len, PICTURE_ANSWERS)], args.epochs)
     pipeline = load_pipeline(task="text-to-image")
     methods = {name: Method(pipeline, given, "uncached") for name, given in METHODS.items()}
     few, few_labels = train[: args.samples], train_labels[: args.samples]

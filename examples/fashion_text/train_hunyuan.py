@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 # isort: split
-from captions import UNSAID, all_captions, leave_unsaid
+from captions import all_captions, leave_unsaid
 from compact_text import CompactText
 from text_modules import build_bert, build_bert_tokenizer, build_t5_encoder, build_t5_tokenizer
 from training import add_arguments, fit
 
+from skipcache.demo.captions import UNSAID
 from train_dit import build_scheduler
 
 BERT_WIDTH, T5_WIDTH, HEAD = 64, 32, 32

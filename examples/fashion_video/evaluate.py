@@ -19,12 +19,13 @@ from diffusers import AutoencoderKL
 
 # isort: split
 from encode_clips import decode, encode
-from motions import FRAMES, MOTIONS, caption_of, label_of, render_clips
+from motions import FRAMES, MOTIONS, label_of, render_clips
 
 import data
 from compare import Method, sample_in_turns, table
 from judge import train_classifier
 from skipcache.demo import TASKS, load_pipeline
+from skipcache.demo.captions import clip_caption, spread_clips
 
 CALL = {
     "class-to-video": {},
@@ -49,15 +50,13 @@ def plan_calls(
     task: str, count: int, batch_size: int, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """Calls of the pipeline for all items and motions in turn, and what each clip should show."""
-    # A stride prime to 80 spreads few samples over items and motions.
-    wanted = torch.arange(count) * 37 % (len(data.CLASS_NAMES) * len(MOTIONS))
-    shown = torch.stack([wanted // len(MOTIONS), wanted % len(MOTIONS)], 1)
+    shown = torch.tensor(spread_clips(count))
     calls = []
     for part in shown.split(batch_size):
         if task == "class-to-video":
             subject = {"class_labels": label_of(*part.T).tolist()}
         else:
-            subject = {"prompt": [caption_of(item, motion) for item, motion in part.tolist()]}
+            subject = {"prompt": [clip_caption(item, motion) for item, motion in part.tolist()]}
         calls.append({**subject, **CALL[task], **options})
     return calls, shown
 

@@ -13,12 +13,9 @@ import torch
 from render import place_items
 
 from data import CLASS_NAMES
+from skipcache.demo.captions import MOTIONS, UNSAID, clip_caption
 
 FRAMES = 8
-MOTIONS = (
-    "moving left", "moving right", "moving up", "moving down",
-    "bouncing", "rotating", "growing", "shrinking",
-)  # fmt: skip
 NUM_LABELS = len(CLASS_NAMES) * len(MOTIONS)
 
 
@@ -27,25 +24,14 @@ def label_of(item: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     return item * len(MOTIONS) + motion
 
 
-def label_names() -> list[str]:
-    return [f"{name} {motion}" for name in CLASS_NAMES for motion in MOTIONS]
-
-
-def caption_of(item: int, motion: int | None) -> str:
-    """``an ankle boot moving left``; without a motion, the class alone."""
-    name = CLASS_NAMES[item].lower()
-    article = "an" if name[0] in "aeiou" else "a"
-    return f"{article} {name}" + ("" if motion is None else f" {MOTIONS[motion]}")
-
-
 def all_captions() -> list[str]:
     """80 captions in label order, then the 10 that name no motion, then the empty one."""
     full = [
-        caption_of(item, motion)
+        clip_caption(item, motion)
         for item in range(len(CLASS_NAMES))
         for motion in range(len(MOTIONS))
     ]
-    return [*full, *(caption_of(item, None) for item in range(len(CLASS_NAMES))), ""]
+    return [*full, *(clip_caption(item, UNSAID) for item in range(len(CLASS_NAMES))), ""]
 
 
 def plan_paths(

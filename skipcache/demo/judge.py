@@ -16,6 +16,13 @@ from skipcache.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "judges"
 NUM_FEATURES = 64
+JUDGES = {
+    "class-to-image": "class-to-image",
+    "class-to-video": "video",
+    "text-to-image": "text-to-image",
+    "text-to-video": "video",
+}
+"""Name of the judge of each task."""
 
 
 class Classifier(nn.Module):
@@ -72,11 +79,13 @@ class Judge:
         return torch.stack([head(features).argmax(1) for head in self.classifier.heads], 1)
 
 
-def judge_of(task: str) -> Judge | None:
-    """The judge of a task's samples; None where there is none (text-to-image)."""
-    path = FOLDER / f"{'class-to-image' if task == 'class-to-image' else 'video'}.safetensors"
-    if not task.endswith("video") and task != "class-to-image":
-        return None
+def judge_of(task: str) -> Judge:
+    """The judge of a task's samples.
+
+    Raises:
+        ConfigError: it was not trained.
+    """
+    path = FOLDER / f"{JUDGES[task]}.safetensors"
     if not path.is_file():
         raise ConfigError(f"the judge for {task} is not at {path}. Train it: {RECIPE}")
     from safetensors.torch import load_file

@@ -154,6 +154,7 @@ def _demo_task(name: str) -> str | None:
 def _demo_subject(
     task: str, steps: int | None, guidance_scale: float | None, batch_size: int | None
 ) -> Subject:
+    from skipcache.demo import captions as said
     from skipcache.demo.judge import judge_of
     from skipcache.demo.model import CLASS_NAMES, MOTIONS, load_pipeline
     from skipcache.demo.tasks import task_named
@@ -161,24 +162,23 @@ def _demo_subject(
     shown = task_named(task)
     argument = "class_labels" if "class_labels" in shown.call else "prompt"
     rest = {name: value for name, value in shown.call.items() if name != argument}
-    asked: list[Any] = list(shown.call[argument])
-    captions = list(shown.captions)
-    wanted: list[list[int]] = []
+    asked: list[Any]
+    wanted: Sequence[Sequence[int]]
     if task == "class-to-image":
         asked, captions = list(range(len(CLASS_NAMES))), list(CLASS_NAMES)
         wanted = [[label] for label in asked]
-    elif task == "class-to-video":
-        # A stride prime to 80 spreads few samples over items and motions.
-        asked = [i * 37 % (len(CLASS_NAMES) * len(MOTIONS)) for i in range(80)]
-        wanted = [[label // len(MOTIONS), label % len(MOTIONS)] for label in asked]
-        captions = [f"{CLASS_NAMES[item]} {MOTIONS[motion]}" for item, motion in wanted]
+    elif task == "text-to-image":
+        wanted = said.spread_pictures(400)
+        asked = captions = [said.picture_caption(*parts) for parts in wanted]
+    else:
+        wanted = said.spread_clips(80)
+        asked = captions = [said.clip_caption(*parts) for parts in wanted]
+        if task == "class-to-video":
+            asked = [item * len(MOTIONS) + motion for item, motion in wanted]
+            captions = [f"{CLASS_NAMES[item]} {MOTIONS[motion]}" for item, motion in wanted]
     judge = judge_of(task)
-    known = None
-    if judge is not None:
-        known = Features(judge.features, judge.features_sum, judge.features_cov_sum, judge.count)
 
     def is_right(pictures: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-        assert judge is not None
         due = torch.tensor([wanted[i % len(wanted)] for i in indices])
         return (judge.answers(pictures) == due).all(1)
 
@@ -191,8 +191,8 @@ def _demo_subject(
         captions=captions,
         call={**rest, "num_inference_steps": steps or 50, "guidance_scale": guidance},
         batch_size=batch_size or (20 if task == "class-to-image" else 4),
-        features=known,
-        is_right=is_right if judge is not None and wanted else None,
+        features=Features(judge.features, judge.features_sum, judge.features_cov_sum, judge.count),
+        is_right=is_right,
     )
 
 
