@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import pipelines
 from skipcache import (
     Recipe,
     SkipCacheConfig,
@@ -24,17 +25,19 @@ from skipcache import (
     cache_stats,
     calibrate,
     is_skip_cached,
+    plugins,
     remove_skip_cache,
     skip_cache,
 )
 from skipcache.demo import load_pipeline
 from skipcache.errors import ConfigError, RecipeFileError, SkipCacheError
 from skipcache.evaluation.recipes import random_plans, rank_correlation
-from skipcache.recipes.calibrate import Sampler, decibels, usual_misses
-from skipcache.recipes.checkpoint import Checkpoint
+from skipcache.plugins import AdapterRegistry
 from skipcache.recipes.listening import effects_of, listening
+from skipcache.recipes.measure import usual_misses
 from skipcache.recipes.plan import steps_of
 from skipcache.recipes.recipe import planned
+from skipcache.recipes.sampler import Sampler, decibels
 from skipcache.recipes.search import plan_errors
 from skipcache.recipes.weights import expected_error
 from skipcache.schedules import MaskSchedule, Miss
@@ -42,12 +45,13 @@ from skipcache.schedules import MaskSchedule, Miss
 STEPS = 12
 
 
-def call_of(steps: int = STEPS, labels: int = 3) -> dict:
+def call_of(steps: int = STEPS, labels: int = 3, **more) -> dict:
     return {
         "class_labels": list(range(labels)),
         "guidance_scale": 2.0,
         "num_inference_steps": steps,
         "output_type": "np",
+        **more,
     }
 
 
@@ -209,7 +213,7 @@ def test_what_is_measured_is_what_sampling_gives(pipe, recipe):
 def test_predicted_and_measured_errors_rank_alike(pipe, recipe):
     """Over forty random schedules predicted and measured error correlate by rank, 0.8 or more."""
     plans = random_plans(40, STEPS, seed=3)
-    sampler = Sampler(pipe, [call_of()], 50, Checkpoint(None, ""))
+    sampler = Sampler(pipe, [call_of()], 50)
     with skip_cache(pipe, interval=1):
         reference = sampler.uncached_sample(0)
         measured = []
@@ -342,7 +346,7 @@ def test_refining_never_makes_it_worse_where_it_tries(pipe):
     plain = calibrate(pipe, [call_of(10, 2)] * 2, speedups=(2.0,), probes=1)
     tried = calibrate(pipe, [call_of(10, 2)] * 2, speedups=(2.0,), probes=1, refine=4)
     tried = dataclasses.replace(tried, reuse_cost=plain.reuse_cost)  # timings differ
-    sampler = Sampler(pipe, [call_of(10, 2)], 0, Checkpoint(None, ""))
+    sampler = Sampler(pipe, [call_of(10, 2)], 0)
     with skip_cache(pipe, interval=1):
         reference = sampler.uncached_sample(0)
         levels = [
@@ -392,3 +396,81 @@ def test_a_bare_transformer_is_refused(pipe):
     """A recipe needs the scheduler, so a module alone says so at once."""
     with pytest.raises(ConfigError, match="pipeline"):
         calibrate(pipe.transformer, [call_of()] * 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_shares_a_generator_is_part_of_a_calibration(pipe, tmp_path, shared):
+    """One that was stopped does not go on with calls that share a generator where they had their
+    own, though these began alike; with the same it does.
+    """
+
+    def calls_with(is_shared):
+        one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+        several = (one, one if is_shared else other)
+        return [call_of(6, 2, generator=each) for each in several]
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    options = {"speedups": (1.5,), "probes": 1, "checkpoint": tmp_path / "kept"}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, calls_with(shared), progress=stop, **options)
+    with pytest.raises(RecipeFileError, match="another calibration"):
+        calibrate(pipe, calls_with(not shared), **options)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, calls_with(shared), progress=stop, **options)
+
+
+def test_sizes_are_looked_at_before_anything_is_sampled(pipe):
+    """What the calls say themselves is compared at once, and one of a kind with its neighbours."""
+    with pytest.raises(ConfigError, match=r"height \(64, 128\)"):
+        calibrate(pipe, [call_of(height=64), call_of(), call_of(height=128)])
+    runs = []
+    with pytest.raises(ConfigError, match=r"num_inference_steps \(6, 8\)"):
+        calibrate(pipe, [call_of(6), call_of(8)], progress=lambda done, _: runs.append(done))
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("speedups", "message"),
+    [
+        (np.array([[1.5, 2.0]]), "Name several"),
+        (np.array(2.0), "Name several"),
+        (np.array([0.5]), "from 1"),
+        ("2", "from 1"),
+        ([True], "from 1"),
+        ([float("nan")], "from 1"),
+    ],
+    ids=repr,
+)
+def test_speedups_that_are_none(pipe, speedups, message):
+    """They are refused before anything is sampled, and never with numpy's own words."""
+    runs = []
+    with pytest.raises(ConfigError, match=message):
+        calibrate(pipe, [call_of()] * 2, speedups=speedups, progress=lambda *_: runs.append(1))
+    assert runs == []
+
+
+def test_speedups_of_numpy(pipe):
+    """An array and its elements serve like numbers."""
+    calls = [call_of(6, 2)] * 2
+    for speedups in (np.array([1.5, 2.0]), [np.float32(1.5), np.int64(2)], torch.tensor([1.5, 2])):
+        recipe = calibrate(pipe, calls, speedups=speedups, probes=1)
+        assert [point.speedup for point in recipe.points] == [1.5, 2.0]
+        assert {type(point.speedup) for point in recipe.points} == {float}
+
+
+def test_a_guessed_adapter_is_asked_again_after_a_stop(monkeypatch, tmp_path):
+    """With adapter="auto" the recipe says how many layers there are, also where all that remained
+    to be done was the judging.
+    """
+    monkeypatch.setattr(plugins, "_default", AdapterRegistry())
+    pipe = pipelines.build("dit")
+    calls = [{**pipelines.inputs_of("dit", seed=seed), "generator": None} for seed in (0, 1)]
+    options = {"speedups": (1.0,), "probes": 1, "adapter": "auto"}
+    file = tmp_path / "kept"
+    whole = calibrate(pipe, calls, checkpoint=file, **options)
+    assert whole.record.layers == pipelines.LAYERS
+    resumed = calibrate(pipe, calls, checkpoint=file, **options)
+    assert resumed.record == whole.record

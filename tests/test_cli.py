@@ -7,7 +7,9 @@ import torch
 import skipcache
 from skipcache import Backbone, BlockList, hookimpl, plugins
 from skipcache.cli import main
+from skipcache.errors import RecipeFileError
 from skipcache.plugins import AdapterRegistry
+from skipcache.recipes.recipe import Recipe
 from skipcache.testing import AdapterCase
 from skipcache.testing.checks import CHECKS_IN_PLACE
 
@@ -158,3 +160,40 @@ def test_check_leaves_a_model_in_place_as_it_was(folder, monkeypatch, capsys):
         assert printed.endswith(f"{len(CHECKS_IN_PLACE)} passed, 0 skipped, 0 FAILED\n")
     assert list(weights) == list(model.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+CALIBRATE = ["calibrate", "demo", "--steps", "6", "--samples", "4", "--speedup", "1.5", "--device"]
+
+
+def test_measurements_outlive_a_recipe_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    """They stay until the recipe is there, so that the next try goes on from them."""
+    out = tmp_path / "recipe"
+    command = [*CALIBRATE, "cpu", "--batch-size", "2", "--out", str(out)]
+    save = Recipe.save_pretrained
+
+    def fail(recipe, folder):
+        raise RecipeFileError(f"{folder} cannot be written: no space left on device")
+
+    monkeypatch.setattr(Recipe, "save_pretrained", fail)
+    assert main(command) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["calibration.safetensors"]
+    monkeypatch.setattr(Recipe, "save_pretrained", save)
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {"recipe.json", "recipe.safetensors"}
+    assert "Use it: apply_skip_cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("calibrate", True), ("explain", False)])
+def test_ctrl_c_is_one_line(command, goes_on, monkeypatch, capsys):
+    """No traceback; the exit status is that of an interrupt."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipcache.evaluation.bench.subjects.load_subject", interrupt)
+    monkeypatch.setattr(Recipe, "from_pretrained", interrupt)
+    assert main([command, "demo"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stopped" in line
+    assert ("same command goes on where it was" in line) == goes_on

@@ -43,6 +43,9 @@ LAYERS = [
         "official",
         "calibrate",
         "listening",
+        "measure",
+        "refine",
+        "sampler",
         "explain",
     },  # of branches and recipes: they need the functions of api
     {"training", "evaluation", "testing", "demo"},

@@ -15,11 +15,11 @@ from skipcache.errors import SkipCacheError
 from skipcache.evaluation.fits import call_of, sample_classes
 from skipcache.evaluation.metrics import psnr
 from skipcache.evaluation.timing import format_table
-from skipcache.recipes.calibrate import Sampler, decibels, refined_plan
-from skipcache.recipes.checkpoint import Checkpoint
 from skipcache.recipes.generic import output_in_a_line
 from skipcache.recipes.plan import refreshes_for, speedup_of, steps_of
 from skipcache.recipes.recipe import Recipe, planned, recipe_beside
+from skipcache.recipes.refine import refined_plan
+from skipcache.recipes.sampler import Sampler, decibels
 from skipcache.recipes.search import best_plans, plan_errors
 from skipcache.schedules import IntervalSchedule, MaskSchedule
 
@@ -37,7 +37,7 @@ def recipe_ablation(seeds: int = 4) -> str:
     """
     pipeline, recipe = _demo()
     uncached = [sample_classes(pipeline, seed, 50) for seed in range(seeds)]
-    sampler = Sampler(pipeline, [call_of(50)] * 2, FIRST_SEED, Checkpoint(None, ""))
+    sampler = Sampler(pipeline, [call_of(50)] * 2, FIRST_SEED)
     rows: dict[str, list[str]] = {}
     for speedup in SPEEDUPS:
         count = refreshes_for(50, speedup, recipe.reuse_cost)
@@ -123,7 +123,7 @@ def recipe_prediction(schedules: int = 40, steps: int = 50) -> str:
     """
     pipeline, recipe = _demo()
     calls = [{**call_of(steps, 16)}]
-    sampler = Sampler(pipeline, calls, FIRST_SEED + 100, Checkpoint(None, ""))
+    sampler = Sampler(pipeline, calls, FIRST_SEED + 100)
     plans = random_plans(schedules, steps)
     with api.skip_cache(pipeline, interval=1):
         reference = sampler.uncached_sample(0)
