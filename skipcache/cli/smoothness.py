@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, and prints the names of the files."""
     from tqdm import tqdm
 
-    from skipcache.evaluation.smoothness_plots import require_matplotlib, write_smoothness
+    from skipcache.evaluation.drawing import require_matplotlib
+    from skipcache.evaluation.smoothness_plots import write_smoothness
 
     if arguments.steps < 2:
         raise ConfigError(f"--steps is {arguments.steps}. Neighbouring steps need 2 or more.")

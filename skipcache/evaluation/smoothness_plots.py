@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skipcache.errors import ConfigError, SkipCacheError
+from skipcache.errors import ConfigError
+from skipcache.evaluation.drawing import require_matplotlib
 from skipcache.evaluation.smoothness import Array, Smoothness, measure_smoothness
 from skipcache.evaluation.smoothness_surface import (
     DEFAULT_GRID,
@@ -127,22 +128,6 @@ def plot_surfaces(measured: Mapping[str, Surface], path: str | Path) -> Path:
         axes.set_title(f"{name}, step {surface.step} (time {surface.time:.2f})")
     figure.colorbar(image, ax=list(columns), label="cosine similarity of the predicted noise")
     return _save(figure, path)
-
-
-def require_matplotlib() -> None:
-    """Checks, before a long measurement, that its result can be drawn.
-
-    Raises:
-        SkipCacheError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise SkipCacheError(
-            "pictures need matplotlib, which is not installed. Install it (pip install "
-            "matplotlib, or skipcache with its extra 'bench'), or write the numbers alone with "
-            "save_csv."
-        ) from None
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcache.errors import ConfigError, SkipCacheError
+from skipcache.errors import ConfigError
 from skipcache.evaluation.bench.results import Cell, Results
+from skipcache.evaluation.drawing import require_matplotlib
 from skipcache.evaluation.report.columns import (
     frechet_samples_text,
     is_identical,
@@ -152,21 +153,6 @@ def write_plots(results: Sequence[Results], folder: str | Path) -> tuple[Path, .
     if not written:
         raise ConfigError("nothing to draw: no cell has both a speedup and a quality.")
     return tuple(written)
-
-
-def require_matplotlib() -> None:
-    """Checks that plots can be drawn.
-
-    Raises:
-        SkipCacheError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise SkipCacheError(
-            "plots need matplotlib, which is not installed. Install skipcache with its extra "
-            "'bench'."
-        ) from None
 
 
 def plot_settings(more: dict[Any, Any]) -> Any:

@@ -14,13 +14,14 @@ from typing import Any
 
 from skipcache.errors import ConfigError, SkipCacheError
 from skipcache.evaluation.bench.results import Cell, Results
+from skipcache.evaluation.drawing import require_matplotlib
 from skipcache.evaluation.report import columns
 from skipcache.evaluation.report.front import pareto_front
 from skipcache.evaluation.report.markdown import markdown_table
 from skipcache.evaluation.report.page_plots import Drawing, page_drawing
 from skipcache.evaluation.report.pictures import Picture, load_picture
 from skipcache.evaluation.report.plan import Plan, plan_of
-from skipcache.evaluation.report.plots import Style, method_styles, require_matplotlib
+from skipcache.evaluation.report.plots import Style, method_styles
 
 __all__ = ["load_results", "markdown_table", "write_report"]
 

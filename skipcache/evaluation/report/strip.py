@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from skipcache.evaluation.report.plots import require_matplotlib
+from skipcache.evaluation.drawing import require_matplotlib
 from skipcache.recipes.explain import runs_of
 from skipcache.recipes.recipe import Recipe
 
