@@ -41,7 +41,8 @@ def spread_pictures(count: int) -> list[tuple[int, int, int, int, int]]:
     """Parts of ``count`` pictures, the first few already of all kinds; half of them are large.
 
     The parts are those of the training pictures, with the same shares: large items stand in the
-    middle, small ones anywhere.
+    middle, small ones anywhere. A caption of all parts says so of both; the captions of the
+    training leave the place of large items unsaid.
     """
     kinds = len(CLASS_NAMES) * len(BRIGHTNESSES) * len(ORIENTATIONS) * len(SIZES) * len(PLACES)
     found = []
